@@ -1,0 +1,39 @@
+"""Emit through TorchInductor.
+
+`compile_fx` gets the rewritten graph, never a rewriting `inner_compile`: that would poison the caches. What comes back is wrapped
+in a plain function, because the minifier misreads the callable that Inductor marks as boxed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.core.program import Program
+
+
+def emit_inductor(
+    program: Program, example_inputs: Sequence[Any], *, mode: str | None = None, patches: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile the program's only graph for `example_inputs` and return a function of the same inputs."""
+    (entry,) = program.entries
+    return compile_graph(entry.graph, example_inputs, mode=mode, patches=patches)
+
+
+def compile_graph(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, patches: Mapping[str, Any] | None
+) -> Callable[..., Any]:
+    """Run `compile_fx` with a mode's settings and the given patches."""
+    from torch._inductor.compile_fx import compile_fx
+
+    settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    settings.update(patches or {})
+    compiled = compile_fx(graph, list(example_inputs), config_patches=settings or None)
+
+    def run(*args: Any) -> Any:
+        return compiled(*args)
+
+    return run

@@ -1,0 +1,14 @@
+"""Compile transformers, mixture-of-experts and diffusion models through exact, explained rewrites.
+
+    fast = torch.compile(model, backend="eff")
+
+Importing this package imports neither transformers nor ONNX nor TensorRT, and touches no device.
+"""
+
+from effcompile.backend import FallbackWarning, backend
+from effcompile.core.errors import EffError
+from effcompile.report import summary as report
+
+__version__ = "0.1.0"
+
+__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "report"]

@@ -1,0 +1,161 @@
+"""Be the backend of `torch.compile(model, backend="eff")`.
+
+A rewrite that fails never costs the user the answer: the untouched graph goes to TorchInductor, with one warning and a counter;
+`strict=True` raises instead. User errors (unknown options, a plan for another model, a broken contract) always raise.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from effcompile import report
+from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
+from effcompile.codegen.inductor import compile_graph, emit_inductor
+from effcompile.compiler import Compiled, compile_program
+from effcompile.core.dump import Dump
+from effcompile.core.errors import ContractError, EffError
+from effcompile.core.options import DOORS, Options
+from effcompile.core.target import Target
+from effcompile.targets import devices
+from effcompile.targets.detect import detect
+
+
+class FallbackWarning(UserWarning):
+    """Tell that a graph was compiled by TorchInductor without our rewrites."""
+
+
+def eff(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Options are listed in the README; unknown ones raise EFF-U001."""
+    return compile_dynamo(gm, example_inputs, Options.parse(options, mode))
+
+
+def backend(mode: str | None = None, **options: Any) -> Callable[..., Any]:
+    """Return a backend with its options bound: `torch.compile(model, backend=eff.backend(plan="plan.json"))`.
+
+    Two backends with equal decisions compare equal, so that neither recompiles the other's code; any other option recompiles.
+    """
+    return _Bound(Options.parse(options, mode))
+
+
+class _Bound:
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.__name__ = f"eff_{options.digest}"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+        if given.get("options") or given.get("mode"):
+            raise EffError("EFF-U012", "this backend has its options already", hint="give all of them to eff.backend(...)")
+        return compile_dynamo(gm, example_inputs, self.options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bound) and other.options.digest == self.options.digest
+
+    def __hash__(self) -> int:
+        return hash(self.options.digest)
+
+
+def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Compile a graph as the options say, with the fallbacks described above."""
+    _check_doors(options)
+    patches = dict(options.inductor)
+    try:
+        with report.timed() as clock:
+            program = capture_dynamo(gm, example_inputs)
+            target = target_of(options, program.device)
+            clock.lap("capture")
+            compiled = compile_program(program, target, options, _dump(), _fuel())
+            clock.add(compiled.seconds)
+            run = emit_inductor(compiled.program, example_inputs, mode=options.mode, patches=patches)
+            clock.lap("emit")
+    except ContractError:
+        raise
+    except CaptureRefused as refusal:
+        report.refused(refusal)
+        return compile_graph(gm, example_inputs, mode=options.mode, patches=patches)
+    except EffError as error:
+        if error.exit_code != 4 or options.strict:
+            raise
+        return _fallback(gm, example_inputs, options, error)
+    except Exception as error:
+        if options.strict:
+            raise
+        return _fallback(gm, example_inputs, options, error)
+    report.compiled(compiled, clock.parts)
+    return _guarded(run, compiled, gm, example_inputs, options)
+
+
+def _guarded(
+    run: Callable[..., Any], compiled: Compiled, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    """Wrap the compiled function so that a proof that relied on a buffer's content is checked before every call."""
+    names = [item.node for item in compiled.program.entries[0].inputs]
+    watched = [(names.index(name), example_inputs[names.index(name)]) for name in compiled.pinned]
+    if not watched:
+        return run
+    stamps = [(place, value.data_ptr(), value._version) for place, value in watched]
+    spare: list[Callable[..., Any]] = []
+
+    def checked(*args: Any) -> Any:
+        if all(args[place].data_ptr() == pointer and args[place]._version == version for place, pointer, version in stamps):
+            return run(*args)
+        if not spare:
+            report.stale(compiled.pinned)
+            spare.append(compile_graph(gm, example_inputs, mode=options.mode, patches=dict(options.inductor)))
+        return spare[0](*args)
+
+    return checked
+
+
+def _fallback(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, error: Exception
+) -> Callable[..., Any]:
+    report.failed(error)
+    text = f"{type(error).__name__}: {error}"
+    warnings.warn(f"effcompile: {text}; this graph runs on TorchInductor unchanged", FallbackWarning, stacklevel=2)
+    return compile_graph(gm, example_inputs, mode=options.mode, patches=dict(options.inductor))
+
+
+def _check_doors(options: Options) -> None:
+    for family, spelled in options.families:
+        if family in DOORS:
+            raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
+        raise EffError(
+            "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
+        )
+
+
+def target_of(options: Options, device: str) -> Target:
+    """Return the asked-for target, else this machine's for the device of the inputs."""
+    if options.target is not None:
+        return Target.parse(options.target, devices())
+    return detect(device)
+
+
+def _dump() -> Dump:
+    folder = os.environ.get("EFF_DUMP")
+    return Dump(Path(folder) / f"graph{report.count():02d}" if folder else None)
+
+
+def _fuel() -> int | None:
+    fuel = os.environ.get("EFF_FUEL")
+    return int(fuel) if fuel else None
+
+
+def reset() -> None:
+    """Forget the reports; Dynamo calls this on `torch._dynamo.reset()`."""
+    report.clear()
+
+
+eff.reset = reset  # type: ignore[attr-defined]

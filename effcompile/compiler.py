@@ -1,0 +1,164 @@
+"""Run the six stages in order. Read this file first.
+
+    capture -> recognize -> plan -> rewrite -> lower -> emit
+
+Stages never call each other; values pass through here. Every decision sits in the plan, everything after it is mechanical.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from effcompile import discover, ops
+from effcompile.capture.dynamo import module_of
+from effcompile.core.dump import Dump
+from effcompile.core.errors import unknown
+from effcompile.core.kernel import AttentionKernel
+from effcompile.core.options import Options
+from effcompile.core.plan import Plan
+from effcompile.core.program import Program
+from effcompile.core.rewrite import Pass
+from effcompile.core.site import AttentionSite, Missed, Refusal
+from effcompile.core.target import Target
+from effcompile.core.verify import verify
+from effcompile.lowering.lower import lower
+from effcompile.passes.recognize.attention import Recognized, recognize_attention
+from effcompile.planning.planner import PassChoice, keep_contract, make_plan, with_notes
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Hold what the stages before emission produced, and how long each took (seconds)."""
+
+    program: Program
+    plan: Plan
+    sites: tuple[AttentionSite, ...]
+    missed: tuple[Missed, ...]
+    pinned: tuple[str, ...] = ()
+    seconds: tuple[tuple[str, float], ...] = ()
+    ran: tuple[str, ...] = ()
+
+
+@dataclass
+class _Clock:
+    parts: dict[str, float] = field(default_factory=dict)
+    begun: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.parts[name] = self.parts.get(name, 0.0) + now - self.begun
+        self.begun = now
+
+
+def compile_program(program: Program, target: Target, options: Options, dump: Dump, fuel: int | None = None) -> Compiled:
+    """Rewrite and lower a captured program for a target; the caller emits it."""
+    ops.register()
+    clock, tank = _Clock(), _Fuel(fuel)
+    passes, kernels = all_passes(options), all_kernels()
+    dump.program("captured", program)
+    program = _run(_phase(passes, "captured"), program, Plan(str(target)), dump, tank)
+    found = recognize_attention(program, lambda node: (module_of(node), node.meta.get("eff.source", "")))
+    program = verify(program, found.program, "recognize")
+    dump.program("recognized", program)
+    clock.lap("recognize")
+
+    plan = _plan(found, target, options, kernels, passes, program.requires_grad)
+    keep_contract(plan, options.require, len(found.sites), found.missed)
+    dump.text("plan.json", plan.to_json())
+    clock.lap("plan")
+
+    chosen = [p for p in passes if p.name in plan.passes()]
+    program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
+    clock.lap("rewrite")
+    program = verify(program, lower(program, plan, found.sites, kernels).program, "lower")
+    program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
+    dump.program("lowered", program)
+    clock.lap("lower")
+    plan = with_notes(plan, tank.notes)
+    return Compiled(program, plan, found.sites, found.missed, found.pinned, tuple(clock.parts.items()), tuple(tank.ran))
+
+
+def _plan(
+    found: Recognized,
+    target: Target,
+    options: Options,
+    kernels: Sequence[AttentionKernel],
+    passes: Sequence[Pass],
+    training: bool,
+) -> Plan:
+    choices = [PassChoice(p.name, _refusal(p, options, training)) for p in passes if p.phase != "captured"]
+    if options.plan is None:
+        return make_plan(found.sites, found.missed, target, kernels, choices, training=training)
+    options.plan.check({site.id: site.fingerprint for site in found.sites})
+    return options.plan
+
+
+def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:
+    if item.name in options.disable:
+        return Refusal("EFF-U010", "disabled by the user")
+    if training and not item.differentiable:
+        return Refusal("EFF-A301", "no gradient flows through what it inserts", "run inference under torch.no_grad()")
+    return None
+
+
+@dataclass
+class _Fuel:
+    """Count rewrites, so that EFF_FUEL=n stops after n of them and a bad one can be bisected."""
+
+    left: int | None
+    ran: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _run(passes: Sequence[Pass], program: Program, plan: Plan, dump: Dump, tank: _Fuel) -> Program:
+    for item in passes:
+        if tank.left is not None and len(tank.ran) >= tank.left:
+            tank.notes.append(f"{item.name}: out of fuel")
+            continue
+        result = item.run(program, plan)
+        if result.changed:
+            program = verify(program, result.program, item.name)
+            tank.ran.append(item.name)
+            dump.program(item.name, program)
+        tank.notes.extend(f"{item.name}: {note}" for note in result.notes)
+    return program
+
+
+def _phase(passes: Sequence[Pass], phase: str) -> list[Pass]:
+    return [item for item in passes if item.phase == phase]
+
+
+def all_kernels() -> tuple[AttentionKernel, ...]:
+    """Return one instance of every attention kernel."""
+    found = discover.classes(AttentionKernel, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
+    return tuple(cls() for cls in found)
+
+
+def all_passes(options: Options) -> tuple[Pass, ...]:
+    """Return the passes in the order in which they run; the user's own join their phase at its end."""
+    found = discover.classes(Pass, *discover.folders("effcompile.passes", "effcompile.lowering"))  # type: ignore[type-abstract]
+    built_in = [cls() for cls in found if cls.default]
+    names = {item.name for item in built_in}
+    for name in options.disable:
+        if name not in names:
+            raise unknown("EFF-U011", "pass", name, names, hint="eff passes")
+    return ordered([*built_in, *options.passes])
+
+
+def ordered(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Sort by phase, then so that each pass comes after those it names; ties keep their order."""
+    phases = ("captured", "raised", "lowered")
+    waiting = sorted(passes, key=lambda item: phases.index(item.phase))
+    placed: list[Pass] = []
+    while waiting:
+        here = {item.name for item in placed}
+        known = {item.name for item in waiting} | here
+        ready = next((p for p in waiting if all(name in here or name not in known for name in p.after)), None)
+        assert ready is not None, f"passes wait for each other: {[p.name for p in waiting]}"
+        placed.append(ready)
+        waiting.remove(ready)
+    return tuple(sorted(placed, key=lambda item: phases.index(item.phase)))
+
+

@@ -1,0 +1,44 @@
+"""Declare kernels: who can run a site on a target, at what cost, and how it is put into the graph.
+
+Support is a question with a reason as the answer, because the reason reaches the user.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import fx
+
+from effcompile.core.site import AttentionSite, Refusal
+from effcompile.core.target import Target
+
+if TYPE_CHECKING:
+    from effcompile.core.rewrite import Editor
+
+
+@dataclass(frozen=True)
+class Supported:
+    """Say that the kernel can run the site exactly, and how long the model thinks it takes (seconds)."""
+
+    seconds: float
+    tag: str = "modelled"
+
+
+Answer = Supported | Refusal
+
+
+class AttentionKernel(ABC):
+    """Lower one `eff::attention` call. Subclasses are frozen dataclasses in `lowering/attention/`, one a file."""
+
+    name: ClassVar[str]
+    differentiable: ClassVar[bool] = False
+
+    @abstractmethod
+    def supports(self, site: AttentionSite, target: Target) -> Answer:
+        """Return the cost of running the site, or why it cannot be run."""
+
+    @abstractmethod
+    def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert the kernel before `node` and return the node of its result `[B, Hq, Q, Dv]`."""

@@ -1,0 +1,230 @@
+"""Change a graph safely: an `Editor` keeps fake values, sites and source lines on every node that it makes.
+
+A pass declares what it needs and what it keeps; the runner in `compiler.py` verifies after each one.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from effcompile.core.errors import RewriteError
+from effcompile.core.plan import Plan
+from effcompile.core.program import Entry, Program
+
+_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "eff.site", "eff.source")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Return the program, whether it changed, and what the pass has to say (one line a note)."""
+
+    program: Program
+    changed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class Pass(ABC):
+    """Rewrite a program mechanically, as the plan says.
+
+    `phase` is raised (sees `eff::` dense ops) or lowered (sees ATen and kernels); `after` names passes that must have run;
+    `differentiable` says that gradients flow through what it inserts.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[str] = "raised"
+    after: ClassVar[tuple[str, ...]] = ()
+    differentiable: ClassVar[bool] = False
+    default: ClassVar[bool] = True
+
+    @abstractmethod
+    def run(self, program: Program, plan: Plan) -> PassResult:
+        """Return the rewritten program; the given one stays as it is."""
+
+
+def fake_mode_of(graph: fx.Graph) -> Any | None:
+    """Return the FakeTensorMode of the graph's values."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+@dataclass
+class Editor:
+    """Insert and replace nodes of one graph module; new nodes get a fake value by running the op on fake operands."""
+
+    module: fx.GraphModule
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.graph = self.module.graph
+        self._mode = fake_mode_of(self.graph)
+        self._shared: dict[Any, fx.Node] = {}
+        self._sizes: dict[Any, fx.Node] = {}
+
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Insert a call before the current insertion point and compute its fake value."""
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((node.args, node.kwargs), _value)
+        with self._mode or nullcontext():
+            node.meta["val"] = target(*values[0], **values[1])
+        if like is not None:
+            copy_meta(like, node)
+        return node
+
+    def size(self, value: Any) -> Any:
+        """Return an int, or the node of a symbolic size; compound sizes are built from the graph's own symbols."""
+        if isinstance(value, fx.Node) or not isinstance(value, torch.SymInt):
+            return value
+        return self.symbolic(value.node.expr)
+
+    def symbolic(self, expr: Any) -> Any:
+        """Return the node (or int) of a sympy size expression."""
+        if expr.is_Integer:
+            return int(expr)
+        found = self._sizes.get(expr)
+        if found is not None:
+            return found
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "placeholder":
+                break
+            if isinstance(value, torch.SymInt) and value.node.expr == expr:
+                self._sizes[expr] = node
+                return node
+        if expr.is_Symbol:
+            self._sizes[expr] = self._sym_size(expr)
+            return self._sizes[expr]
+        if expr.is_Add or expr.is_Mul:
+            total: Any = None
+            for part in expr.args:
+                item = self.symbolic(part)
+                total = item if total is None else self.call(operator.add if expr.is_Add else operator.mul, total, item)
+            return total
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expr:
+                return node
+        raise RewriteError("EFF-X904", f"no node computes the size {expr}")
+
+    def _sym_size(self, symbol: Any) -> fx.Node:
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        after = next(node for node in self.graph.nodes if node.op != "placeholder")
+        for node in inputs:
+            value = node.meta.get("val")
+            for dim, extent in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(extent, torch.SymInt) and extent.node.expr == symbol:
+                    with self.graph.inserting_before(after):
+                        return self.call(torch.ops.aten.sym_size.int, node, dim)
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return node
+        raise RewriteError("EFF-X904", f"no input has the size {symbol}")
+
+    def before(self, node: fx.Node) -> AbstractContextManager[Any]:
+        """Insert what follows before `node`."""
+        return self.graph.inserting_before(node)
+
+    def shared(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
+        """Return the node made earlier for `key`, or make it: one block map serves thirty layers."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def attach(self, name: str, module: fx.GraphModule) -> fx.Node:
+        """Add a sub-graph under a fresh name and return the `get_attr` node that reads it."""
+        count = 0
+        while hasattr(self.module, f"{name}_{count}"):
+            count += 1
+        self.module.add_submodule(f"{name}_{count}", module)
+        node = self.graph.get_attr(f"{name}_{count}")
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` read `new`, and remove `old`; shape, dtype and device must agree."""
+        a, b = old.meta.get("val"), new.meta.get("val")
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            if len(a.shape) != len(b.shape) or a.dtype != b.dtype or a.device != b.device:
+                raise RewriteError("EFF-X902", f"replacing {a.dtype}{list(a.shape)} by {b.dtype}{list(b.shape)}")
+        copy_meta(old, new)
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def finish(self) -> fx.GraphModule:
+        """Remove what nobody reads, check the graph, and return the module."""
+        self.graph.eliminate_dead_code(is_impure_node=impure)
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+
+def impure(node: fx.Node) -> bool:
+    """Tell whether a node must stay although nobody reads it: inputs, outputs, writes and assertions."""
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable) or target in _ASSERTIONS() or torch.Tag.nondeterministic_seeded in target.tags
+    return node.op == "call_function" and not isinstance(target, _builtin) and not _is_operator(target)
+
+
+def _ASSERTIONS() -> tuple[Any, ...]:
+    names = ("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
+    return tuple(getattr(torch.ops.aten, n).default for n in names if hasattr(torch.ops.aten, n))
+
+
+_builtin = type(len)
+
+
+def _is_operator(target: Any) -> bool:
+    return getattr(target, "__module__", "") in ("_operator", "operator", "math", "torch")
+
+
+def _value(node: fx.Node) -> Any:
+    if "val" not in node.meta and node.op == "get_attr":
+        return getattr(node.graph.owning_module, str(node.target))
+    return node.meta["val"]
+
+
+def copy_meta(old: fx.Node, new: fx.Node) -> None:
+    """Carry the site and the user's source line from one node to another."""
+    for key in _KEPT:
+        if key in old.meta and key not in new.meta:
+            new.meta[key] = old.meta[key]
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a deep enough copy: own graph and node metadata, shared tensors and sub-modules."""
+    graph, seen = fx.Graph(), dict[fx.Node, fx.Node]()
+    result = graph.graph_copy(module.graph, seen)
+    old_output = next(node for node in module.graph.nodes if node.op == "output")
+    graph.output(result).meta = dict(old_output.meta)
+    new = fx.GraphModule(module, graph)
+    new.meta = dict(module.meta)
+    for old, copy in seen.items():
+        copy.meta = dict(old.meta)
+        if hasattr(old, "_dynamo_source"):
+            copy._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return new
+
+
+def editing(program: Program, entry: Entry) -> tuple[Entry, Editor]:
+    """Return the entry and an editor on a copy of its graph."""
+    return entry, Editor(copy_graph(entry.graph))
+
+
+def require_inputs(nodes: Sequence[fx.Node]) -> None:
+    """Assert that a graph still starts with its placeholders (a pass must not reorder inputs)."""
+    kinds = [node.op == "placeholder" for node in nodes]
+    if kinds != sorted(kinds, reverse=True):
+        raise RewriteError("EFF-X903", "placeholders are no longer the first nodes")

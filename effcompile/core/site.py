@@ -1,0 +1,78 @@
+"""Name the places that can be rewritten.
+
+A site's id comes from the module tree (`model.layers.3.self_attn`) and its order of occurrence, never from FX node names, so that
+Dynamo and export agree on it. Its fingerprint says what a plan was made for: structure, shapes and occurrence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from effcompile.core.mask import AnyMask, Mask, Opaque
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Say why something was not rewritten: stable code, reason, and what the user can do about it."""
+
+    code: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.reason}" + (f" ({self.hint})" if self.hint else "")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Describe an occurrence; `source` is the user's `file:line`."""
+
+    id: str
+    kind: str
+    entry: str
+    source: str
+    idiom: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of everything but the source line, which an edit elsewhere moves."""
+        parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "source"]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: value if isinstance(value, int | float | str | None) else str(value) for key, value in plain.items()}
+
+
+@dataclass(frozen=True)
+class AttentionSite(Site):
+    """Describe softmax(q k^T * scale + mask) v; sizes are ints or the text of a symbolic size."""
+
+    batch: int | str = 1
+    heads: int | str = 1
+    kv_heads: int | str = 1
+    head_dim: int = 64
+    value_dim: int = 64
+    q_len: int | str = 1
+    kv_len: int | str = 1
+    mask: AnyMask = Mask()
+    scale: float = 1.0
+    softcap: float = 0.0
+    sinks: bool = False
+    dtype: str = "float32"
+
+    @property
+    def mask_known(self) -> bool:
+        """Tell whether the predicate was proved."""
+        return not isinstance(self.mask, Opaque)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Describe an occurrence that was seen but not raised, and why."""
+
+    site: Site
+    refusal: Refusal

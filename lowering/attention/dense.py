@@ -1,0 +1,51 @@
+"""Lower to SDPA with the mask tensor the model built: the exact fallback, and the best choice for a single query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from effcompile.core.attention_call import AttentionCall
+from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.mask import Mask
+from effcompile.core.rewrite import Editor, RewriteError
+from effcompile.core.site import AttentionSite, Refusal
+from effcompile.core.target import Target
+from effcompile.lowering.attention import estimate
+from effcompile.lowering.attention.sdpa import emit_sdpa, plain
+
+
+@dataclass(frozen=True)
+class SdpaDense(AttentionKernel):
+    """Run any mask as its tensor."""
+
+    name: ClassVar[str] = "dense"
+    differentiable: ClassVar[bool] = True
+
+    def supports(self, site: AttentionSite, target: Target) -> Answer:
+        """Answer for everything but softcap, sinks, and rows that the source leaves NaN (SDPA gives 0 there)."""
+        if refusal := plain(site):
+            return refusal
+        chain = not site.idiom.startswith("sdpa")
+        if chain and (not isinstance(site.mask, Mask) or site.mask.empty_row == "nan"):
+            return Refusal("EFF-A204", "a row without keys is NaN in the source and 0 in SDPA")
+        if isinstance(site.mask, Mask) and site.mask.is_full:
+            return Refusal("EFF-A203", "there is no mask")
+        return Supported(estimate.seconds("dense", site, target, 1.0))
+
+    def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert SDPA with the mask operand."""
+        import torch
+
+        call = AttentionCall.of(node)
+        mask = call.mask
+        if mask is None:
+            raise RewriteError("EFF-X905", f"site {site.id} has no mask tensor", site=site.id)
+        wanted, has = call.q.meta["val"].dtype, mask.meta["val"].dtype
+        if has not in (torch.bool, wanted):
+            mask = edit.call(torch.ops.aten.to.dtype, mask, wanted)
+        if mask.meta["val"].dim() == 3:
+            mask = edit.call(torch.ops.aten.unsqueeze.default, mask, 0)
+        return emit_sdpa(edit, call, mask, False)

@@ -1,0 +1,84 @@
+"""Lower to torch's SDPA without a mask tensor: full, or causal where the query and key ranges are the same square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from effcompile.core.attention_call import AttentionCall
+from effcompile.core.expr import const
+from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.mask import Mask, causal_offset
+from effcompile.core.rewrite import Editor
+from effcompile.core.site import AttentionSite, Refusal
+from effcompile.core.target import Target
+from effcompile.lowering.attention import estimate
+
+
+def plain(site: AttentionSite) -> Refusal | None:
+    """Return why SDPA cannot run the site at all, else None."""
+    if site.softcap:
+        return Refusal("EFF-A201", "SDPA has no softcap")
+    if site.sinks:
+        return Refusal("EFF-A202", "SDPA has no sink logits")
+    return None
+
+
+def is_square_causal(site: AttentionSite) -> bool:
+    """Tell whether the mask is k <= q over equal query and key lengths."""
+    if not isinstance(site.mask, Mask) or site.mask.bias is not None or site.q_len != site.kv_len:
+        return False
+    parts = site.mask.parts()
+    return len(parts) == 1 and causal_offset(parts[0]) == const(0)
+
+
+def emit_sdpa(edit: Editor, call: AttentionCall, mask: fx.Node | None, causal: bool) -> fx.Node:
+    """Insert the SDPA call."""
+    kwargs: dict[str, object] = {"scale": call.scale}
+    if call.grouped:
+        kwargs["enable_gqa"] = True
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    return edit.call(op, call.q, call.k, call.v, mask, 0.0, causal, like=call.node, **kwargs)
+
+
+@dataclass(frozen=True)
+class SdpaFull(AttentionKernel):
+    """Run a site whose every query reads every key."""
+
+    name: ClassVar[str] = "sdpa"
+    differentiable: ClassVar[bool] = True
+
+    def supports(self, site: AttentionSite, target: Target) -> Answer:
+        """Answer for full masks."""
+        if refusal := plain(site):
+            return refusal
+        if not isinstance(site.mask, Mask) or not site.mask.is_full:
+            return Refusal("EFF-A203", "the mask is not full")
+        return Supported(estimate.seconds("sdpa", site, target, 1.0))
+
+    def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert SDPA without a mask."""
+        return emit_sdpa(edit, AttentionCall.of(node), None, False)
+
+
+@dataclass(frozen=True)
+class SdpaCausal(AttentionKernel):
+    """Run a square causal site with `is_causal=True`: half the blocks, no mask tensor."""
+
+    name: ClassVar[str] = "sdpa-causal"
+    differentiable: ClassVar[bool] = True
+
+    def supports(self, site: AttentionSite, target: Target) -> Answer:
+        """Answer for square causal masks."""
+        if refusal := plain(site):
+            return refusal
+        if not is_square_causal(site):
+            return Refusal("EFF-A203", "the mask is not causal over equal lengths")
+        return Supported(estimate.seconds("sdpa-causal", site, target, 0.5))
+
+    def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert causal SDPA."""
+        return emit_sdpa(edit, AttentionCall.of(node), None, True)

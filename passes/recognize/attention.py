@@ -1,0 +1,245 @@
+"""Raise every recognized attention to `eff::attention_v1` and a Site; say why the rest was left alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.core.expr import BATCH, BOOL, FLOAT, HEAD, KEY, QUERY, TRUE, Expr, apply, axis, const
+from effcompile.core.expr_eval import to_json
+from effcompile.core.mask import CAUSAL, AnyMask, EmptyRow, Mask, Opaque
+from effcompile.core.program import Entry, Program
+from effcompile.core.rewrite import Editor, copy_graph
+from effcompile.core.site import AttentionSite, Missed, Refusal, Site
+from effcompile.passes.recognize.element_rules import rules
+from effcompile.passes.recognize.elements import Reader, Unreadable
+from effcompile.passes.recognize.mask import ReadMask, split
+from effcompile.passes.recognize.match import Match, NoMatch, Term
+from effcompile.passes.recognize.sdpa import match_sdpa
+from effcompile.passes.recognize.softmax_chain import match_chain
+
+Naming = Callable[[fx.Node], tuple[str, str]]  # node -> (module path, source line)
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """Hold the raised program, its sites, what was missed, and the buffers whose content a proof relied on."""
+
+    program: Program
+    sites: tuple[AttentionSite, ...] = ()
+    missed: tuple[Missed, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+
+def recognize_attention(program: Program, name_of: Naming) -> Recognized:
+    """Return the program with each attention as one `eff::attention_v1` node that carries `meta["eff.site"]`."""
+    sites: list[AttentionSite] = []
+    missed: list[Missed] = []
+    pinned: list[str] = []
+    for entry in program.entries:
+        edit = Editor(copy_graph(entry.graph))
+        raiser = _Raiser(entry, edit, name_of)
+        for node in list(edit.graph.nodes):
+            found = match_sdpa(node) or match_chain(node)
+            if isinstance(found, Match):
+                sites.append(raiser.raise_match(found))
+            elif isinstance(found, NoMatch):
+                missed.append(Missed(raiser.plain_site(found.anchor, found.idiom), found.refusal))
+        pinned.extend(raiser.pinned)
+        program = program.with_graph(entry, edit.finish())
+    return Recognized(program, tuple(sites), tuple(missed), tuple(dict.fromkeys(pinned)))
+
+
+class _Raiser:
+    def __init__(self, entry: Entry, edit: Editor, name_of: Naming) -> None:
+        self.entry, self.edit, self.name_of = entry, edit, name_of
+        self.pinned: list[str] = []
+        self._counts: dict[str, int] = {}
+        self._masks: dict[Any, ReadMask] = {}
+        self._rules = rules()
+        values = {item.node: item.value for item in entry.inputs if item.kind == "buffer"}
+        self._buffers = lambda node: values.get(node.name) if node.op == "placeholder" else None
+        self._reader = Reader(edit.graph, self._rules, self._buffers)
+
+    def plain_site(self, node: fx.Node, idiom: str) -> Site:
+        path, source = self.name_of(node)
+        number = self._counts.get(path, 0)
+        self._counts[path] = number + 1
+        name = path or "graph"
+        return Site(f"{name}.{number}" if number or not path else name, "attention", self.entry.name, source, idiom)
+
+    def raise_match(self, match: Match) -> AttentionSite:
+        plain = self.plain_site(match.anchor, match.idiom)
+        edit, anchor = self.edit, match.anchor
+        with edit.before(anchor):
+            q, k, v = match.q(edit), match.k(edit), match.v(edit)
+            shape, keys = q.meta["val"].shape, k.meta["val"].shape
+            read = self._read(match, shape[2], keys[2])
+            mask = read.mask
+            given = self._tensor(match, shape, keys)
+            if isinstance(mask, Mask) and match.causal:
+                mask = CAUSAL if mask.is_full else mask
+            known = isinstance(mask, Mask)
+            loads = list(read.loads) if known else []
+            sizes = [edit.symbolic(expr) for expr in read.sizes] if known else []
+            call = edit.call(
+                torch.ops.eff.attention_v1.default,
+                q,
+                k,
+                v,
+                given,
+                match.sinks,
+                loads,
+                sizes,
+                to_json(mask.keep) if isinstance(mask, Mask) else "",
+                to_json(mask.bias) if isinstance(mask, Mask) and mask.bias is not None else "",
+                to_json(mask.soft) if isinstance(mask, Mask) else "",
+                mask.empty_row if isinstance(mask, Mask) else ("zero" if match.idiom.startswith("sdpa") else "nan"),
+                match.scale,
+                match.softcap,
+                like=anchor,
+            )
+            site = AttentionSite(
+                plain.id,
+                "attention",
+                plain.entry,
+                plain.source,
+                match.idiom,
+                batch=_extent(shape[0]),
+                heads=_extent(shape[1]),
+                kv_heads=_extent(keys[1]),
+                head_dim=int(shape[3]),
+                value_dim=int(v.meta["val"].shape[3]),
+                q_len=_extent(shape[2]),
+                kv_len=_extent(keys[2]),
+                mask=mask,
+                scale=match.scale,
+                softcap=match.softcap,
+                sinks=match.sinks is not None,
+                dtype=str(q.meta["val"].dtype).removeprefix("torch."),
+            )
+            call.meta["eff.site"] = site.id
+            result = self._shaped(call, match)
+        edit.replace(anchor, result)
+        self.pinned.extend(node.name for node in read.pinned)
+        return site
+
+    def _shaped(self, call: fx.Node, match: Match) -> fx.Node:
+        value = match.anchor.meta["val"]
+        result = call
+        if result.meta["val"].dtype != value.dtype:
+            result = self.edit.call(torch.ops.aten.to.dtype, result, value.dtype)
+        if match.rank3 is not None:
+            return self.edit.call(torch.ops.aten.reshape.default, result, [self.edit.size(n) for n in value.shape])
+        if match.out_dims != (0, 1, 2, 3):
+            return self.edit.call(torch.ops.aten.permute.default, result, list(match.out_dims))
+        return result
+
+    # --- masks ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, match: Match, q_len: Any, k_len: Any) -> ReadMask:
+        """Combine the terms into one predicate; equal terms are read once for all layers."""
+        if match.causal:
+            if match.terms:
+                return ReadMask(Opaque("is_causal together with a mask"))
+            return ReadMask(CAUSAL)
+        if not match.terms:
+            return ReadMask(Mask())
+        sdpa = match.idiom.startswith("sdpa")
+        rule: EmptyRow = "zero" if sdpa else "nan"
+        dtype = torch.float32 if match.terms[-1].kind == "add" else BOOL
+        dtype = match.terms[0].node.meta["val"].dtype if match.terms[0].kind == "add" else dtype
+        key = (match.terms, str(q_len), str(k_len), rule, match.rank3)
+        if key not in self._masks:
+            self._masks[key] = self._combine(match, q_len, k_len, rule)
+        return self._masks[key]
+
+    def _combine(self, match: Match, q_len: Any, k_len: Any, rule: EmptyRow) -> ReadMask:
+        # Sites are raised front to back in one graph: positions come from the nodes that exist before raising.
+        reader = replace(self._reader, loads=[], sizes=[], pinned=[])
+        reader.order = {node: number for number, node in enumerate(self.edit.graph.nodes)}
+        at = reader.order[match.anchor]
+        try:
+            value: Expr | None = None
+            for term in match.terms:
+                value = _apply_term(value, term, self._term(reader, term, match, at))
+            assert value is not None
+            scores = match.anchor.meta["val"].dtype
+            mask = split(value, reader.number(q_len), reader.number(k_len), rule, scores)
+        except Unreadable as refusal:
+            return ReadMask(Opaque(str(refusal), str(match.terms[-1].node.meta["val"].dtype).removeprefix("torch.")))
+        return ReadMask(mask, tuple(reader.loads), tuple(reader.sizes), tuple(reader.pinned))
+
+    def _term(self, reader: Reader, term: Term, match: Match, at: int) -> Expr:
+        rank = term.node.meta["val"].dim()
+        if rank > 4:
+            raise Unreadable(f"a mask of rank {rank}")
+        if not term.rank3:
+            return reader.element(term.node, tuple(map(axis, (BATCH, HEAD, QUERY, KEY)))[4 - rank :], at)
+        if rank != 3 or match.rank3 is None:
+            raise Unreadable("a mask over joined batch and heads")
+        joined = apply("add", apply("mul", axis(BATCH), reader.number(match.rank3[1])), axis(HEAD))
+        return reader.element(term.node, (joined, axis(QUERY), axis(KEY)), at)
+
+    def _tensor(self, match: Match, shape: Any, keys: Any) -> fx.Node | None:
+        """Return the mask as the tensor the model built (bool keeps, float adds); combined where there are several terms."""
+        if not match.terms:
+            return None
+        if match.idiom.startswith("sdpa"):
+            return match.terms[0].node
+        aten, edit = torch.ops.aten, self.edit
+        total: fx.Node | None = None
+        for term in match.terms:
+            node = term.node
+            if term.rank3 and match.rank3 is not None and node.meta["val"].dim() == 3:
+                joined, *rest = node.meta["val"].shape
+                node = edit.call(aten.reshape.default, node, [*map(edit.size, match.rank3), *map(edit.size, rest)])
+            if term.kind == "add":
+                total = node if total is None else edit.call(aten.add.Tensor, total, node)
+                continue
+            if node.meta["val"].dtype != BOOL:
+                node = edit.call(aten.to.dtype, node, BOOL)
+            if term.kind == "keep":
+                node = edit.call(aten.logical_not.default, node)
+            if total is None:
+                zeros = edit.call(aten.zeros_like.default, node, dtype=FLOAT)
+                total = edit.call(aten.masked_fill.Scalar, zeros, node, term.fill)
+            else:
+                zeros = edit.call(aten.zeros_like.default, node, dtype=FLOAT)
+                wide = edit.call(aten.add.Tensor, total, zeros)
+                total = edit.call(aten.masked_fill.Scalar, wide, node, term.fill)
+        return total
+
+
+def _apply_term(value: Expr | None, term: Term, item: Expr) -> Expr:
+    if term.kind == "add":
+        if item.dtype == BOOL:
+            raise Unreadable("a boolean is added to the scores")
+        return item if value is None else apply("add", value, item)
+    if item.dtype != BOOL:
+        item = apply("to", item, dtype=BOOL)
+    if value is None and term.kind == "keep" and term.fill == -math.inf:
+        return item
+    before = const(0.0, FLOAT) if value is None else value
+    if before.dtype == BOOL:
+        before = apply("where", before, const(0.0), const(-math.inf))
+    fill = const(term.fill, before.dtype)
+    return apply("where", item, fill, before) if term.kind == "fill" else apply("where", item, before, fill)
+
+
+def _extent(value: Any) -> int | str:
+    return value if isinstance(value, int) else str(value)
+
+
+def sites_of(graph: fx.Graph) -> Iterable[fx.Node]:
+    """Yield the raised attention nodes of a graph."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.eff.attention_v1.default:
+            yield node
+
+
