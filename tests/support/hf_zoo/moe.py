@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.support.hf_zoo.matrix import MatrixCase
 from tests.support.hf_zoo.decoders import WINDOW, decoder_calls, decoder_fields
+from tests.support.hf_zoo.matrix import MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
 
 
@@ -39,7 +39,7 @@ def cases() -> tuple[MatrixCase, ...]:
             "moe",
             hugging_face("DeepseekV3Config", "DeepseekV3ForCausalLM", **deepseek),
             decoder_calls(),
-            "latent attention: keys 12 wide, values 6; first layer dense; experts picked within groups by sigmoid scores",
+            "latent attention: keys 12 wide, values 6; first layer dense; sigmoid scores pick experts within groups",
         ),
         MatrixCase(
             "gpt-oss",
@@ -61,5 +61,6 @@ def cases() -> tuple[MatrixCase, ...]:
             hugging_face("Qwen3MoeConfig", "Qwen3MoeForCausalLM", head_dim=16, **qwen3),
             decoder_calls(),
             "RMSNorm on q and k; normalized weights of the best experts",
+            twin="mixtral",
         ),
     )

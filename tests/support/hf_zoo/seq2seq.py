@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.hf_zoo.matrix import Call, Decode, Kwargs, MatrixCase
 from tests.support.hf_zoo.inputs import STEPS, VOCAB, padding, pair_cache, token_ids, values
+from tests.support.hf_zoo.matrix import Call, Decode, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
 
 HIDDEN = 32

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.inputs import values
+from tests.support.hf_zoo.matrix import Call, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
 
 HIDDEN = 32
