@@ -16,7 +16,7 @@ from torch import fx
 
 from effcompile import report
 from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
-from effcompile.codegen.inductor import compile_graph, emit_inductor
+from effcompile.codegen.emit import emit_graph
 from effcompile.compiler import Compiled, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError
@@ -69,7 +69,6 @@ class _Bound:
 def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a graph as the options say, with the fallbacks described above."""
     _check_doors(options)
-    patches = dict(options.inductor)
     try:
         with report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
@@ -77,13 +76,14 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
             clock.lap("capture")
             compiled = compile_program(program, target, options, _dump(), _fuel())
             clock.add(compiled.seconds)
-            run = emit_inductor(compiled.program, example_inputs, mode=options.mode, patches=patches)
+            (entry,) = compiled.program.entries
+            run = emit_graph(entry.graph, example_inputs, options)
             clock.lap("emit")
     except ContractError:
         raise
     except CaptureRefused as refusal:
         report.refused(refusal)
-        return compile_graph(gm, example_inputs, mode=options.mode, patches=patches)
+        return emit_graph(gm, example_inputs, options)
     except EffError as error:
         if error.exit_code != 4 or options.strict:
             raise
@@ -112,7 +112,7 @@ def _guarded(
             return run(*args)
         if not spare:
             report.stale(compiled.pinned)
-            spare.append(compile_graph(gm, example_inputs, mode=options.mode, patches=dict(options.inductor)))
+            spare.append(emit_graph(gm, example_inputs, options))
         return spare[0](*args)
 
     return checked
@@ -124,7 +124,7 @@ def _fallback(
     report.failed(error)
     text = f"{type(error).__name__}: {error}"
     warnings.warn(f"effcompile: {text}; this graph runs on TorchInductor unchanged", FallbackWarning, stacklevel=2)
-    return compile_graph(gm, example_inputs, mode=options.mode, patches=dict(options.inductor))
+    return emit_graph(gm, example_inputs, options)
 
 
 def _check_doors(options: Options) -> None:

@@ -190,7 +190,16 @@ def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> tuple[Inputs, list[int]] | s
         return "the repetitions read inputs of different layout"
     if any(_layout(node.meta.get("val")) in ("SymFloat", "SymBool") for column in inputs for node in column):
         return "a layer reads a symbolic float"
+    if any(_data_dependent(node.meta.get("val")) for node in runs[0]):
+        return "a layer works on rows whose number is only known at run time"
     return list(inputs), sorted(outputs)
+
+
+def _data_dependent(value: Any) -> bool:
+    """Tell whether a size is unbacked; `invoke_subgraph` cannot retrace those (torch 2.13)."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return isinstance(value, torch.Tensor) and bool(free_unbacked_symbols(value))
 
 
 def _same_wiring(a: fx.Node, b: fx.Node) -> bool:

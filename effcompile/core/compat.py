@@ -51,3 +51,19 @@ def higher_order_ops() -> tuple[type, ...]:
     from torch._ops import HigherOrderOperator
 
     return (HigherOrderOperator,)
+
+
+def allow_data_dependent_sizes(mode: Any) -> None:
+    """Let ops of ours create sizes that are known only at run time, inside the shape environment of `mode`."""
+    import dataclasses
+
+    env = mode.shape_env
+    if env is not None and not env.allow_dynamic_output_shape_ops:
+        env.settings = dataclasses.replace(env.settings, allow_dynamic_output_shape_ops=True)
+
+
+def forget_fresh_symbols(mode: Any) -> None:
+    """Drop the record of run-time sizes that a fake run made: the graph is traced again before anything is compiled."""
+    env = getattr(mode, "shape_env", None)
+    if env is not None:
+        env.pending_fresh_unbacked_symbols.clear()

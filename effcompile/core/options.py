@@ -12,6 +12,7 @@ from effcompile.core.errors import EffError, unknown
 from effcompile.core.plan import Plan
 
 FAMILIES = ("attention", "precision", "kv", "evict", "moe", "tokens", "schedule", "cache")
+EMITTERS = ("inductor", "interpreter")
 DOORS = {  # families that `torch.compile(backend="eff")` cannot reach, and the door that can
     "kv": "eff.prepare(model, kv=...)",
     "evict": "eff.prepare(model, evict=...)",
@@ -22,7 +23,11 @@ DOORS = {  # families that `torch.compile(backend="eff")` cannot reach, and the 
 
 @dataclass(frozen=True)
 class Options:
-    """Hold what the user asked for. Defaults are exact passes only, TorchInductor's own settings, and fallback on error."""
+    """Hold what the user asked for. Defaults are exact passes only, TorchInductor's own settings, and fallback on error.
+
+    `emit` is how the rewritten graph runs: through TorchInductor, or op by op as eager does (`interpreter`: for tests, and to
+    tell a wrong rewrite from a wrong kernel).
+    """
 
     families: tuple[tuple[str, str], ...] = ()
     plan: Plan | None = None
@@ -33,6 +38,7 @@ class Options:
     passes: tuple[Any, ...] = ()
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = field(default=(), hash=False)
+    emit: str = "inductor"
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -58,6 +64,9 @@ class Options:
                 raise EffError("EFF-U001", f"`require` {key}={value!r}: give \"all\" or a number of sites")
         disable = given.pop("disable", ())
         disable = (disable,) if isinstance(disable, str) else tuple(disable)
+        emit = str(given.get("emit", EMITTERS[0]))
+        if emit not in EMITTERS:
+            raise unknown("EFF-U001", "emit", emit, EMITTERS)
         inductor = tuple(sorted((given.pop("inductor", None) or {}).items()))
         return cls(
             families=families,
@@ -69,12 +78,13 @@ class Options:
             passes=tuple(given.get("passes", ())),
             mode=None if given.get("mode") in (None, "default") else str(given["mode"]),
             inductor=inductor,
+            emit=emit,
         )
 
     @property
     def digest(self) -> str:
         """Return a digest of everything that can change the compiled code."""
         parts: list[Any] = [self.families, self.plan.hash if self.plan else None, self.target, self.require]
-        parts += [self.strict, self.disable, self.mode, repr(self.inductor)]
+        parts += [self.strict, self.disable, self.mode, repr(self.inductor), self.emit]
         parts += [f"{type(p).__module__}.{type(p).__qualname__}:{p!r}" for p in self.passes]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from effcompile.core import compat
 from effcompile.core.errors import RewriteError
 from effcompile.core.plan import Plan
 from effcompile.core.program import Entry, Program
@@ -77,6 +78,8 @@ class Editor:
         values = fx.node.map_arg((node.args, node.kwargs), _value)
         with self._mode or nullcontext():
             node.meta["val"] = target(*values[0], **values[1])
+        if self._mode is not None:
+            compat.forget_fresh_symbols(self._mode)
         if like is not None:
             copy_meta(like, node)
         return node

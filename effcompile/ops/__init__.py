@@ -10,8 +10,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Register every `eff::` op with torch, once."""
-    from effcompile.ops import attention, blocks, linear
+    from effcompile.ops import attention, blocks, linear, packing
 
     attention.register()
     blocks.register()
     linear.register()
+    packing.register()

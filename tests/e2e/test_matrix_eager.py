@@ -25,20 +25,27 @@ MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 every_case = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 
 
-def calls_that(keep: Callable[[Call], bool], twins_are_slow: bool = False) -> pytest.MarkDecorator:
-    """Parametrize by the calls of all cases that `keep` wants; of a twin all calls but the first may be slow."""
+def calls_that(keep: Callable[[Call], bool], may_be_slow: bool = False) -> pytest.MarkDecorator:
+    """Parametrize by the calls of all cases that `keep` wants; mark those that trace like another one as slow."""
     pairs = [
         pytest.param(
             case,
             call,
             id=f"{case.name}-{call.name}",
-            marks=[pytest.mark.slow] if twins_are_slow and case.twin and call is not case.calls[0] else [],
+            marks=[pytest.mark.slow] if may_be_slow and traces_like_another(case, call) else [],
         )
         for case in cases()
         for call in case.calls
         if keep(call)
     ]
     return pytest.mark.parametrize(("case", "call"), pairs)
+
+
+def traces_like_another(case: MatrixCase, call: Call) -> bool:
+    """Tell whether a twin's call, or the same masks padded on the other side, give the same spelling of attention."""
+    if case.twin is not None:
+        return call is not case.calls[0]
+    return call.name == "right_pad" and any(other.name == "left_pad" for other in case.calls)
 
 
 def arguments(call: Call) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def test_decoding_continues_the_prompt(case: MatrixCase, call: Call) -> None:
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
-@calls_that(lambda call: True, twins_are_slow=True)
+@calls_that(lambda call: True, may_be_slow=True)
 def test_plain_dynamo_is_equal_and_as_recorded(case: MatrixCase, call: Call) -> None:
     module = case.build()
     expected = run_call(module, case, call)

@@ -103,6 +103,7 @@ def _rotary() -> tuple[MatrixCase, ...]:
             "gpt-neox",
             hugging_face("GPTNeoXConfig", "GPTNeoXForCausalLM", **_without(llama, "num_key_value_heads")),
             notes="q, k, v interleaved per head; rotary on a quarter of each head; parallel residual",
+            twin="llama",
         ),
         _case(
             "olmo2",

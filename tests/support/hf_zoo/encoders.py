@@ -45,8 +45,15 @@ def cases() -> tuple[MatrixCase, ...]:
             hugging_face("RobertaConfig", "RobertaModel", **bert),
             calls,
             "positions are the cumulative sum of tokens that are not the padding id",
+            twin="bert",
         ),
-        MatrixCase("distilbert", "encoder", hugging_face("DistilBertConfig", "DistilBertModel", **distilbert), calls),
+        MatrixCase(
+            "distilbert",
+            "encoder",
+            hugging_face("DistilBertConfig", "DistilBertModel", **distilbert),
+            calls,
+            twin="bert",
+        ),
         MatrixCase(
             "modernbert",
             "encoder",

@@ -1,0 +1,126 @@
+"""Keep results: one JSON file a case, rows replaced one by one, so that a long case can be run in parts and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from effcompile.core.errors import EffError
+
+SCHEMA = 1
+_SPREAD = {"median": (int, float), "min": (int, float), "max": (int, float), "iqr": (int, float), "samples": list}
+_ROW = {"id": str, "parameters": dict, "rounds": int, "arms": dict, "ratios": list, "run": str}
+_MANIFEST = {
+    "date": str,
+    "versions": dict,
+    "cpu": dict,
+    "threads": int,
+    "memory_bytes": int,
+    "commit": dict,
+    "command": str,
+    "environment": dict,
+    "settings": dict,
+    "load": list,
+}
+
+
+def path_of(folder: Path, case: str, device: str) -> Path:
+    """Return the file of a case; measurements of a GPU are kept beside those of the CPU."""
+    return folder / (f"{case}.json" if device == "cpu" else f"{case}-{device}.json")
+
+
+def empty(case: str, title: str, about: str, unit: str, device: str) -> dict[str, Any]:
+    """Return a document without rows."""
+    return {
+        "schema": SCHEMA,
+        "case": case,
+        "title": title,
+        "about": about,
+        "unit": unit,
+        "device": device,
+        "tag": "measured",
+        "runs": {},
+        "rows": [],
+    }
+
+
+def merge(document: Mapping[str, Any], manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the document with rows of one run put in: a row of the same id is replaced, manifests nobody refers to go."""
+    run = str(manifest["date"])
+    new = {row["id"]: {**row, "run": run} for row in rows}
+    kept = [new.pop(row["id"], row) for row in document["rows"]] + list(new.values())
+    runs = {**document["runs"], run: dict(manifest)}
+    used = {row["run"] for row in kept}
+    return {**document, "runs": {name: runs[name] for name in runs if name in used}, "rows": kept}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read and check a result file.
+
+    Raises:
+        EffError: EFF-B106 when it cannot be read or does not have the form.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EffError("EFF-B106", f"cannot read the results {path.name}: {error}", hint="eff bench") from error
+    if problems := check(document):
+        raise EffError("EFF-B106", f"{path.name} is no result file: {problems[0]}", hint=f"remove {path.name} and run eff bench")
+    return dict(document)
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a result file at once: a run that is stopped leaves the old file or the new one."""
+    problems = check(document)
+    assert not problems, problems[:3]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".json.part")
+    scratch.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def check(document: Any) -> list[str]:
+    """Return what is wrong with a result document; nothing for a good one."""
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        return [f"its schema is not {SCHEMA}"]
+    problems = [f"no `{key}`" for key in ("case", "title", "about", "unit", "device", "tag", "runs", "rows") if key not in document]
+    if problems:
+        return problems
+    for run, manifest in document["runs"].items():
+        problems += _fields(manifest, _MANIFEST, f"run {run}")
+    seen = set()
+    for row in document["rows"]:
+        problems += (wrong := _fields(row, _ROW, f"row {row.get('id')}"))
+        if wrong:
+            continue
+        if row["id"] in seen:
+            problems.append(f"row {row['id']} twice")
+        seen.add(row["id"])
+        if row["run"] not in document["runs"]:
+            problems.append(f"row {row['id']} has no manifest")
+        problems += _check_arms(row)
+    return problems
+
+
+def _check_arms(row: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, arm in row["arms"].items():
+        place = f"row {row['id']} arm {name}"
+        if not isinstance(arm, Mapping):
+            problems.append(f"{place} is not an object")
+        elif not {"seconds", "bytes", "error", "skipped"} & set(arm):
+            problems.append(f"{place} has neither a measurement nor a reason")
+        elif "seconds" in arm:
+            problems += _fields(arm["seconds"], _SPREAD, place)
+    for item in row["ratios"]:
+        problems += _fields(item, {"arm": str, "to": str, **_SPREAD}, f"row {row['id']} ratio")
+    return problems
+
+
+def _fields(value: Any, wanted: Mapping[str, Any], place: str) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [f"{place} is not an object"]
+    return [f"{place}: `{key}` is missing or has the wrong type" for key, kind in wanted.items() if not isinstance(value.get(key), kind)]

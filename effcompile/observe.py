@@ -1,0 +1,213 @@
+"""Run a model once through Dynamo and keep the graphs it was cut into, without compiling any.
+
+Used by everything that looks before it leaps: `explain`, `plan`, the error ledger and the bisection. The frames are traced in a
+cache of their own where torch has one, so that a later `torch.compile` of the same code neither reuses nor counts them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
+from effcompile.core.errors import EffError
+from effcompile.core.program import Break, Input, Program
+from effcompile.skeleton import Skeleton
+
+
+@dataclass
+class SeenGraph:
+    """Hold one graph of Dynamo: the captured program, or the refusal, and the modules that it was run for.
+
+    `inputs` are the example inputs as they were before the run. `owners` are the paths of the modules whose parameters the graph
+    was called with, one a call: after a graph break one graph serves every layer of the same code.
+    """
+
+    program: Program | None
+    refusal: EffError | None
+    inputs: tuple[Any, ...]
+    nodes: int
+    breaks: tuple[Break, ...]
+    owners: list[str] = field(default_factory=list)
+
+    @property
+    def owner(self) -> str:
+        """Return the module of the first call ('' for a graph of the whole model)."""
+        return self.owners[0] if self.owners else ""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Say where a run ended early, and why (a value was asked of a tensor that has none)."""
+
+    reason: str
+    source: str
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Hold the graphs in order, the paths of the modules that ran, and where the run stopped."""
+
+    graphs: tuple[SeenGraph, ...]
+    called: frozenset[str]
+    stop: Stop | None = None
+
+
+def observe(
+    skeleton: Skeleton,
+    make_inputs: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
+    *,
+    dynamic: bool | None = None,
+    keep_inputs: bool = False,
+) -> Observation:
+    """Trace `skeleton.model`; `make_inputs` gives fresh arguments for each of the two runs (caches are written to).
+
+    The first run is eager and only notes which modules are called; the second goes through Dynamo. Both are without gradients.
+    """
+    model = skeleton.model
+    called, eager_stop = _called(model, make_inputs)
+    paths = _paths_of_tensors(model)
+    graphs: list[SeenGraph] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        kept = tuple(_kept(value) for value in example_inputs) if keep_inputs else tuple(example_inputs)
+        program, refusal = None, None
+        try:
+            program = _with_contents(capture_dynamo(gm, example_inputs), skeleton.origins)
+        except CaptureRefused as error:
+            refusal = error
+        except Exception as error:
+            refusal = EffError("EFF-G399", f"capture failed: {type(error).__name__}: {error}", hint="report it, please")
+        graph = SeenGraph(program, refusal, kept, len(gm.graph.nodes), _breaks(gm, program))
+        names = [_local_name(node) for node in gm.graph.nodes if node.op == "placeholder"]
+        graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            graph.owners.append(_owner(names, args, paths))
+            return gm.forward(*args)
+
+        return run
+
+    stop = _run(_traced(model, record, dynamic), model, make_inputs)
+    return Observation(tuple(graphs), called, stop or eager_stop)
+
+
+def _traced(model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    optimize = torch._dynamo.optimize
+    if "isolate_recompiles" in inspect.signature(optimize).parameters:
+        return optimize(backend, dynamic=dynamic, isolate_recompiles=True)(model)  # type: ignore[no-any-return]
+    return torch.compile(model, backend=backend, dynamic=dynamic)
+
+
+def _run(call: Callable[..., Any], model: Any, make_inputs: Callable[..., Any]) -> Stop | None:
+    """Run once. Sizes stay as they are given: what one call sees must not make a later compilation dynamic."""
+    args, kwargs = make_inputs()
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1 << 12):
+        try:
+            call(*args, **kwargs)
+        except EffError:
+            raise
+        except Exception as error:
+            return _stop(error, model)
+    return None
+
+
+def _called(model: Any, make_inputs: Callable[..., Any]) -> tuple[frozenset[str], Stop | None]:
+    if not isinstance(model, nn.Module):
+        return frozenset(), None
+    seen: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: seen.add(path)) for path, module in model.named_modules()
+    ]
+    try:
+        args, kwargs = make_inputs()
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        return frozenset(seen), _stop(error, model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(seen), None
+
+
+def _stop(error: Exception, model: Any) -> Stop:
+    """Name the user's line and module where the run ended; a mistake in the call itself is the user's to mend."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    paths = {id(module): path for path, module in model.named_modules()} if isinstance(model, nn.Module) else {}
+    source, module = "", ""
+    for frame, line in frames:
+        owner = frame.f_locals.get("self")
+        if id(owner) in paths:
+            module = paths[id(owner)]
+        if "/torch/" not in frame.f_code.co_filename and frame.f_globals.get("__name__") != __name__:
+            source = f"{frame.f_code.co_filename}:{line}"
+    text = str(error).strip().splitlines()
+    return Stop(f"{type(error).__name__}: {text[0] if text else 'no message'}", source, module)
+
+
+def _breaks(gm: fx.GraphModule, program: Program | None) -> tuple[Break, ...]:
+    if program is not None:
+        return program.breaks
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return ()
+    frames = list(reason.user_stack or ())
+    source = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return (Break(str(reason.reason).splitlines()[0], source),)
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+        return value.detach().clone()
+    return value
+
+
+def _with_contents(program: Program, origins: Mapping[int, torch.Tensor]) -> Program:
+    """Give copied buffers the content of the user's: a proof about a mask may rest on it. A buffer without any gets None."""
+
+    def filled(item: Input) -> Input:
+        value = origins.get(id(item.value), item.value)
+        return replace(item, value=None if isinstance(value, torch.Tensor) and value.is_meta else value)
+
+    entries = tuple(replace(entry, inputs=tuple(map(filled, entry.inputs))) for entry in program.entries)
+    return replace(program, entries=entries)
+
+
+def _paths_of_tensors(model: Any) -> dict[int, str]:
+    if not isinstance(model, nn.Module):
+        return {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    found: dict[int, str] = {}
+    for path, tensor in named:
+        found.setdefault(id(tensor), path)
+    return found
+
+
+def _local_name(node: fx.Node) -> str:
+    from effcompile.capture.dynamo import module_path
+
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    return module_path(source.name if isinstance(source.name, str) else source.name())
+
+
+def _owner(names: Sequence[str], args: Sequence[Any], paths: Mapping[int, str]) -> str:
+    """Return the module path in front of the graph's own names: `layers.3` where `q_proj.weight` is `layers.3.q_proj.weight`."""
+    for name, value in zip(names, args):
+        path = paths.get(id(value), "")
+        # A frame that calls its module something other than `self` keeps that name in front.
+        for local in (name, name.partition(".")[2]):
+            if local and path.endswith("." + local):
+                return path[: -len(local) - 1]
+            if local and path == local:
+                return ""
+    return ""
