@@ -22,8 +22,8 @@ from bench.workload import Bound, Workload, primary
 class Ready:
     """Hold an arm that can be called.
 
-    `tensor` turns the call's result into the primary output; `details` tells what was compiled, asked for after the first call;
-    `earlier` are seconds of preparation that another arm already spent for this one (a shared ONNX export).
+    `tensor` turns the call's result into the primary output; `details` tells what was compiled, asked for after the
+    first call; `earlier` are seconds of preparation that another arm already spent for this one (a shared ONNX export).
     """
 
     bound: Bound
@@ -153,7 +153,7 @@ def counters() -> Counter[str]:
 
 
 def eff_details() -> dict[str, Any]:
-    """Return what eff did: counters, stage seconds over all graphs, how many sites each kernel serves, notices, missed sites."""
+    """Return what eff did: counters, stage seconds, sites by kernel, notices and missed sites, over all graphs."""
     import effcompile
 
     summary = effcompile.report()

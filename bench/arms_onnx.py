@@ -1,4 +1,4 @@
-"""Run the ONNX export of a workload in ONNX Runtime and OpenVINO, with as many threads as torch and without copying outputs."""
+"""Run the ONNX export of a workload in ONNX Runtime and OpenVINO, with torch's thread count and outputs uncopied."""
 
 from __future__ import annotations
 
@@ -97,7 +97,11 @@ class OpenVino(Arm):
         import openvino as ov
 
         hint = "bf16" if dtype == torch.bfloat16 else "f32"
-        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads), "PERFORMANCE_HINT": "LATENCY"}
+        config = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": str(threads),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         compiled = ov.Core().compile_model(network, "CPU", config)
         held = [compiled.create_infer_request()]
         call = lambda: held[0].infer(feeds, share_inputs=True, share_outputs=True)  # noqa: E731

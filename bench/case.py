@@ -24,7 +24,8 @@ class Settings:
         arms: names of the arms to run, or () for the case's own.
         rounds, warmup: timed and discarded turns of every arm.
         quick: smallest rows only, to see that everything runs.
-        lengths, forms, dtypes: parameter values to keep, or () for the case's own; a case without that parameter ignores them.
+        lengths, forms, dtypes: parameter values to keep, or () for the case's own; a case without that parameter
+            ignores them.
         limit: seconds that preparing one arm may take (0: no limit).
         threads: worker threads of every arm.
         results: folder that results are read from and written to, or None to keep them in memory.
@@ -59,7 +60,8 @@ class Settings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
         """Build settings from `to_json`'s value."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return cls(**given)
 
 
 def usable_cores() -> int:
@@ -84,7 +86,7 @@ class Watch:
 
 
 class Case(ABC):
-    """Measure one question. Subclasses are frozen dataclasses in `bench/cases/`, one a file; their fields are the models and sizes."""
+    """Measure one question. Subclasses are frozen dataclasses in `bench/cases/`, one a file; fields hold sizes."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -92,6 +94,8 @@ class Case(ABC):
     """What a row does and what one timed call is, for the report."""
     unit: ClassVar[str] = "call"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    headline: ClassVar[bool] = True
+    """Whether the README shows the case; tables of kernels are for the planner."""
 
     @abstractmethod
     def arms(self, device: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
     python -m bench.child REQUEST.json ANSWER.json
 
-`run_child` is the other end. A process of its own per arm, because neither the peak of a process nor the code it has loaded goes back.
+`run_child` is the other end. A process of its own per arm, because neither the peak of a process nor the code it has
+loaded goes back.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def _memory(request: Mapping[str, Any]) -> dict[str, Any]:
         peak = _peak(settings.device)
     rise = max(0, peak - before) if reset else None
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"bytes": {"call_peak": peak, "before": before, "rise": rise, "process_peak": process, "peak_was_reset": reset}}
+    return {
+        "bytes": {"call_peak": peak, "before": before, "rise": rise, "process_peak": process, "peak_was_reset": reset}
+    }
 
 
 def _start_peak(device: str) -> tuple[int, bool]:

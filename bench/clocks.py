@@ -29,7 +29,7 @@ class WallTimer(Timer):
 
 
 class CudaTimer(Timer):
-    """Time with two events on the current stream, so that the launch of the first kernel overlaps nothing that is not measured."""
+    """Time with two events on the current stream, after everything before them is done."""
 
     def time(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Return (seconds, the call's result)."""

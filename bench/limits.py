@@ -20,8 +20,8 @@ class OutOfTime(BaseException):
 def time_box(seconds: float) -> Iterator[None]:
     """Raise OutOfTime in the body after `seconds`; 0 means no limit.
 
-    It needs the main thread and an alarm signal; elsewhere the body runs without a limit. A call that stays in native code
-    ends at the first return to Python.
+    It needs the main thread and an alarm signal; elsewhere the body runs without a limit. A call that stays in native
+    code ends at the first return to Python.
     """
     if seconds <= 0 or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield

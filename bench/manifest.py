@@ -21,7 +21,9 @@ from bench.case import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "openvino", "triton", "numpy", "effcompile")
-_ENVIRONMENT = re.compile(r"^(OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|ONEDNN_|DNNL_|TORCHINDUCTOR_|TORCH_COMPILE|PYTORCH_|LD_PRELOAD|CUDA_)")
+_ENVIRONMENT = re.compile(
+    r"^(OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|ONEDNN_|DNNL_|TORCHINDUCTOR_|TORCH_COMPILE|PYTORCH_|LD_PRELOAD|CUDA_)"
+)
 
 
 def manifest(settings: Settings) -> dict[str, Any]:
@@ -37,9 +39,7 @@ def manifest(settings: Settings) -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "commit": commit(),
         "command": command(sys.argv),
-        "environment": {
-            name: scrub(value) for name, value in sorted(os.environ.items()) if _ENVIRONMENT.match(name)
-        },
+        "environment": {name: scrub(value) for name, value in sorted(os.environ.items()) if _ENVIRONMENT.match(name)},
         "settings": {key: value for key, value in settings.to_json().items() if value not in ([], False)},
         "load": [round(value, 2) for value in os.getloadavg()],
     }

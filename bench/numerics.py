@@ -1,7 +1,8 @@
 """Compare an arm's output with a more precise run of the same module.
 
-The rule is the one of torch's own compiler benchmarks: an arm passes when its root mean square error against the float64 run is at
-most `m` times that of eager in the same dtype, plus a tenth of a tolerance; `m` is 2 for float32 and 3 for narrower types.
+The rule is the one of torch's own compiler benchmarks: an arm passes when its root mean square error against the
+float64 run is at most `m` times that of eager in the same dtype, plus a tenth of a tolerance; `m` is 2 for float32 and
+3 for narrower types.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Reference:
     def compare(self, output: Tensor) -> dict[str, Any]:
         """Return the errors of `output` and whether they are within the rule, as JSON values.
 
-        `max_error` is max |difference| / max |reference|; `rmse` is absolute, in the unit of the output. `within` is None where the
-        reference is no more precise than eager.
+        `max_error` is max |difference| / max |reference|; `rmse` is absolute, in the unit of the output. `within` is
+        None where the reference is no more precise than eager.
         """
         if output.shape != self.precise.shape:
             return {"reference": self.kind, "within": False, "problem": f"shape {tuple(output.shape)}"}

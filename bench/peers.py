@@ -42,7 +42,8 @@ class _Entry:
 def measure(row: Row, workload: Workload, names: Sequence[str], settings: Settings, watch: Watch) -> dict[str, Any]:
     """Measure a workload in the named arms and return the row as JSON values.
 
-    Seconds are per unit of the workload (`steps` of them in a call). An arm that cannot run has `skipped`, one that failed `error`.
+    Seconds are per unit of the workload (`steps` of them in a call). An arm that cannot run has `skipped`, one that
+    failed `error`.
     """
     torch.set_num_threads(settings.threads)
     release()
@@ -121,7 +122,10 @@ def _prepare(
     entry.ready = ready
     said = {str(item.message).splitlines()[0] for item in caught if "effcompile" in str(item.message)}
     details = dict(ready.details())
-    return as_json({"numerics": reference.compare(output), "warnings": sorted(said), "details": details})
+    found: dict[str, Any] = as_json(
+        {"numerics": reference.compare(output), "warnings": sorted(said), "details": details}
+    )
+    return found
 
 
 def _rounds(entries: Sequence[_Entry], settings: Settings, watch: Watch) -> dict[str, Spread]:

@@ -10,7 +10,7 @@ from bench.clocks import Timer
 from bench.stats import Spread
 
 SETTLE = 0.02
-"""Seconds of rest before a timed call: the previous arm's threads stop spinning on the cores that the next one needs."""
+"""Seconds of rest before a timed call: the previous arm's threads stop spinning on the cores the next one needs."""
 
 Call = Callable[[], Any]
 

@@ -57,7 +57,8 @@ def ratio(base: Spread, arm: Spread) -> Spread:
 
 
 def ratios(spreads: dict[str, Spread], bases: Sequence[str], subjects: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the ratio of every other arm to each arm of `bases`, and of each arm of `subjects` to every other arm, as JSON values.
+    """Return the ratio of every other arm to each arm of `bases`, and of each arm of `subjects` to every other arm, as
+    JSON values.
 
     An item reads "`arm` is `median` times as fast as `to`". Arms that were not measured are left out.
     """

@@ -32,7 +32,7 @@ def path_of(folder: Path, case: str, device: str) -> Path:
     return folder / (f"{case}.json" if device == "cpu" else f"{case}-{device}.json")
 
 
-def empty(case: str, title: str, about: str, unit: str, device: str) -> dict[str, Any]:
+def empty(case: str, title: str, about: str, unit: str, device: str, *, headline: bool = True) -> dict[str, Any]:
     """Return a document without rows."""
     return {
         "schema": SCHEMA,
@@ -42,13 +42,16 @@ def empty(case: str, title: str, about: str, unit: str, device: str) -> dict[str
         "unit": unit,
         "device": device,
         "tag": "measured",
+        "headline": headline,
         "runs": {},
         "rows": [],
     }
 
 
-def merge(document: Mapping[str, Any], manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the document with rows of one run put in: a row of the same id is replaced, manifests nobody refers to go."""
+def merge(
+    document: Mapping[str, Any], manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the document with the rows of one run: a row of the same id is replaced, manifests without rows go."""
     run = str(manifest["date"])
     new = {row["id"]: {**row, "run": run} for row in rows}
     kept = [new.pop(row["id"], row) for row in document["rows"]] + list(new.values())
@@ -68,7 +71,9 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EffError("EFF-B106", f"cannot read the results {path.name}: {error}", hint="eff bench") from error
     if problems := check(document):
-        raise EffError("EFF-B106", f"{path.name} is no result file: {problems[0]}", hint=f"remove {path.name} and run eff bench")
+        raise EffError(
+            "EFF-B106", f"{path.name} is no result file: {problems[0]}", hint=f"remove {path.name} and run eff bench"
+        )
     return dict(document)
 
 
@@ -86,7 +91,11 @@ def check(document: Any) -> list[str]:
     """Return what is wrong with a result document; nothing for a good one."""
     if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
         return [f"its schema is not {SCHEMA}"]
-    problems = [f"no `{key}`" for key in ("case", "title", "about", "unit", "device", "tag", "runs", "rows") if key not in document]
+    problems = [
+        f"no `{key}`"
+        for key in ("case", "title", "about", "unit", "device", "tag", "headline", "runs", "rows")
+        if key not in document
+    ]
     if problems:
         return problems
     for run, manifest in document["runs"].items():
@@ -123,4 +132,8 @@ def _check_arms(row: Mapping[str, Any]) -> list[str]:
 def _fields(value: Any, wanted: Mapping[str, Any], place: str) -> list[str]:
     if not isinstance(value, Mapping):
         return [f"{place} is not an object"]
-    return [f"{place}: `{key}` is missing or has the wrong type" for key, kind in wanted.items() if not isinstance(value.get(key), kind)]
+    return [
+        f"{place}: `{key}` is missing or has the wrong type"
+        for key, kind in wanted.items()
+        if not isinstance(value.get(key), kind)
+    ]

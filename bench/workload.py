@@ -62,11 +62,11 @@ class Workload:
         return Bound(lambda: function(*args, **kwargs))
 
     def twin(self, dtype: torch.dtype) -> nn.Module:
-        """Return a copy of the module with the same weight values in another dtype; the module itself where that is its own."""
+        """Return a copy of the module with the same weights in another dtype, or the module itself in its own."""
         return self.module if dtype == self.dtype else copy.deepcopy(self.module).to(dtype)
 
     def flat(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Return the module as one that takes tensors only and returns its primary output, and those tensors by name."""
+        """Return the module as one from tensors to its primary output, and those tensors by name."""
         kwargs = dict(self.kwargs if self.export_kwargs is None else self.export_kwargs)
         names = [f"input{place}" for place in range(len(self.args))]
         tensors = dict(zip(names, self.args)) | {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}

@@ -12,16 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from effcompile.core.program import Program
-
-
-def emit_inductor(
-    program: Program, example_inputs: Sequence[Any], *, mode: str | None = None, patches: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
-    """Compile the program's only graph for `example_inputs` and return a function of the same inputs."""
-    (entry,) = program.entries
-    return compile_graph(entry.graph, example_inputs, mode=mode, patches=patches)
-
 
 def compile_graph(
     graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, patches: Mapping[str, Any] | None

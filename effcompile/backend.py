@@ -19,7 +19,7 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.emit import emit_graph
 from effcompile.compiler import Compiled, compile_program
 from effcompile.core.dump import Dump
-from effcompile.core.errors import ContractError, EffError
+from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.options import DOORS, Options
 from effcompile.core.target import Target
 from effcompile.targets import devices
@@ -68,7 +68,7 @@ class _Bound:
 
 def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a graph as the options say, with the fallbacks described above."""
-    _check_doors(options)
+    check_doors(options)
     try:
         with report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
@@ -89,8 +89,8 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
             raise
         return _fallback(gm, example_inputs, options, error)
     except Exception as error:
-        if options.strict:
-            raise
+        if options.strict:  # Dynamo would turn some of torch's own exceptions into a silent graph break
+            raise RewriteError("EFF-X900", f"{type(error).__name__}: {error}") from error
         return _fallback(gm, example_inputs, options, error)
     report.compiled(compiled, clock.parts)
     return _guarded(run, compiled, gm, example_inputs, options)
@@ -127,7 +127,8 @@ def _fallback(
     return emit_graph(gm, example_inputs, options)
 
 
-def _check_doors(options: Options) -> None:
+def check_doors(options: Options) -> None:
+    """Raise EFF-U013 or EFF-U014 for a family that a compiled graph cannot reach or that no policy answers."""
     for family, spelled in options.families:
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")

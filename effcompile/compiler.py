@@ -58,7 +58,8 @@ def compile_program(program: Program, target: Target, options: Options, dump: Du
     clock, tank = _Clock(), _Fuel(fuel)
     passes, kernels = all_passes(options), all_kernels()
     dump.program("captured", program)
-    program = _run(_phase(passes, "captured"), program, Plan(str(target)), dump, tank)
+    early = [item for item in _phase(passes, "captured") if item.name not in options.disable]
+    program = _run(early, program, Plan(str(target)), dump, tank)
     found = recognize_attention(program, lambda node: (module_of(node), node.meta.get("eff.source", "")))
     program = verify(program, found.program, "recognize")
     dump.program("recognized", program)
@@ -73,6 +74,7 @@ def compile_program(program: Program, target: Target, options: Options, dump: Du
     program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
     clock.lap("rewrite")
     program = verify(program, lower(program, plan, found.sites, kernels).program, "lower")
+    dump.program("kernels", program)
     program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
     dump.program("lowered", program)
     clock.lap("lower")

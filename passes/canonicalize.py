@@ -33,6 +33,7 @@ class RemoveIdentities(Pass):
         removed = 0
         for entry in program.entries:
             edit = Editor(copy_graph(entry.graph))
+            removed += _drop_constant_detach(edit.graph)
             written = _written_roots(edit.graph)
             for node in list(edit.graph.nodes):
                 source = identity_of(node)
@@ -43,6 +44,16 @@ class RemoveIdentities(Pass):
                 removed += 1
             program = program.with_graph(entry, edit.finish())
         return PassResult(program, removed > 0, (f"{removed} identities removed",))
+
+
+def _drop_constant_detach(graph: fx.Graph) -> int:
+    """Remove `torch.tensor(...)`'s in-place detach of a fresh constant: it is no write, and would stop outlining."""
+    found = [node for node in graph.nodes if op_name(node) == "detach_" and not node.meta["val"].requires_grad]
+    found = [node for node in found if op_name(node.args[0]) in ("lift_fresh_copy", "lift_fresh", "empty", "clone")]
+    for node in found:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return len(found)
 
 
 def identity_of(node: fx.Node) -> fx.Node | None:

@@ -60,6 +60,7 @@ class Block:
 def outline(entry: Entry) -> tuple[fx.GraphModule | None, str]:
     """Return the outlined copy of an entry's graph, or None, and a note that says what was found."""
     module = copy_graph(entry.graph)
+    _hoist_constants(module.graph)
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     block = find_block(nodes)
     if block is None:
@@ -73,6 +74,14 @@ def outline(entry: Entry) -> tuple[fx.GraphModule | None, str]:
     module.graph.lint()
     module.recompile()
     return module, f"{block.count} layers of {block.period} nodes, {len(inputs)} inputs, {len(outputs)} outputs"
+
+
+def _hoist_constants(graph: fx.Graph) -> None:
+    """Move reads of constants in front of the first computation: a layer's own constant is one of its inputs."""
+    first = next((node for node in graph.nodes if node.op == "call_function"), None)
+    if first is not None:
+        for node in [node for node in graph.nodes if node.op == "get_attr"]:
+            first.prepend(node)
 
 
 # --- finding the repetition --------------------------------------------------------------------------------------------

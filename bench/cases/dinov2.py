@@ -18,7 +18,9 @@ class Dinov2(ModelCase):
 
     name: ClassVar[str] = "dinov2"
     title: ClassVar[str] = "DINOv2 ViT-S/14, 8 images"
-    about: ClassVar[str] = "Unmodified transformers Dinov2Model, trained weights, 8 images of 224 x 224 (257 tokens); noise as pixels."
+    about: ClassVar[str] = (
+        "Unmodified transformers Dinov2Model, trained weights, 8 images of 224 x 224 (257 tokens); noise as pixels."
+    )
     model: str = "dinov2-s"
     batch: int = 8
     dtypes: tuple[str, ...] = ("float32", "bfloat16")

@@ -18,7 +18,9 @@ class DiT(ModelCase):
 
     name: ClassVar[str] = "dit"
     title: ClassVar[str] = "DiT, 2 blocks of XL width, 4,096 tokens"
-    about: ClassVar[str] = "One denoising call, adaLN-zero blocks 1,152 wide, random weights (speed does not depend on them)."
+    about: ClassVar[str] = (
+        "One denoising call, adaLN-zero blocks 1,152 wide, random weights (speed does not depend on them)."
+    )
     model: str = "dit-4k"
     quick_model: str = "dit-tiny"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")

@@ -22,8 +22,8 @@ class MiniLM(ModelCase):
     name: ClassVar[str] = "minilm"
     title: ClassVar[str] = "MiniLM-L6 sentence embeddings, 32 x 128"
     about: ClassVar[str] = (
-        "Unmodified transformers BertModel with the masked mean-pool and unit norm inside the module; half of the rows have 50 "
-        "real tokens of 128, so 69.5 % of the positions are real."
+        "Unmodified transformers BertModel with the masked mean-pool and unit norm inside the module; half of the "
+        "rows have 50 real tokens of 128, so 69.5 % of the positions are real."
     )
     model: str = "minilm-l6"
     batch: int = 32
@@ -39,12 +39,19 @@ class MiniLM(ModelCase):
 
     def workload(self, row: Row, settings: Settings) -> Workload:
         """Load the model and pad real text on the right."""
-        dtype, batch, length = DTYPES[str(row.parameters["dtype"])], int(row.parameters["batch"]), int(row.parameters["length"])
+        dtype, batch, length = (
+            DTYPES[str(row.parameters["dtype"])],
+            int(row.parameters["batch"]),
+            int(row.parameters["length"]),
+        )
         loaded = zoo.load(self.model, dtype=dtype)
         if loaded.tokenizer is None:
             tokens, pad = loaded.example_inputs(batch, length)[1]["input_ids"], 0
         else:
-            tokens, pad = token_windows(loaded.tokenizer, pydoc_text(), length, batch), int(loaded.tokenizer.pad_token_id)
+            tokens, pad = (
+                token_windows(loaded.tokenizer, pydoc_text(), length, batch),
+                int(loaded.tokenizer.pad_token_id),
+            )
         real = torch.tensor([length if number % 2 == 0 else int(row.parameters["short"]) for number in range(batch)])
         mask = (torch.arange(length)[None, :] < real[:, None]).long()
         tokens = torch.where(mask.bool(), tokens, torch.full_like(tokens, pad))

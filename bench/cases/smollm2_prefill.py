@@ -13,6 +13,7 @@ from bench.case import Row, Settings, grid
 from bench.model_case import DTYPES, ModelCase
 from bench.workload import Workload, place
 from effcompile.models import zoo
+from effcompile.models.entry import ZooModel
 from effcompile.models.text import pydoc_text, token_windows
 
 FORMS = ("default", "no-cache", "padded", "padded-1")
@@ -24,16 +25,17 @@ SAMPLED = 64
 class SmolLM2Prefill(ModelCase):
     """Run the unmodified transformers class over 512 to 8,192 tokens of Python's documentation.
 
-    Forms: `default` is `model(ids)`; `no-cache` is `model(ids, use_cache=False)`, which makes transformers build an S x S mask;
-    `padded` is a left-padded batch of two in a bucket of S tokens, with 3/4 and 1/4 of it real (half on average); `padded-1`
-    is one sequence that fills half of its bucket.
+    Forms: `default` is `model(ids)`; `no-cache` is `model(ids, use_cache=False)`, which makes transformers build an S x
+    S mask; `padded` is a left-padded batch of two in a bucket of S tokens, with 3/4 and 1/4 of it real (half on
+    average); `padded-1` is one sequence that fills half of its bucket.
     """
 
     name: ClassVar[str] = "smollm2-prefill"
     title: ClassVar[str] = "SmolLM2-135M prefill"
     about: ClassVar[str] = (
-        "Unmodified transformers LlamaForCausalLM, trained weights, real text, logits of every position. ONNX Runtime and "
-        "OpenVINO run the export with use_cache=False in every form. padded: batch of 2, left-padded, 3/4 and 1/4 real tokens."
+        "Unmodified transformers LlamaForCausalLM, trained weights, real text, logits of every position. ONNX Runtime "
+        "and OpenVINO run the export with use_cache=False in every form. padded: batch of 2, left-padded, 3/4 and 1/4 "
+        "real tokens."
     )
     model: str = "smollm2-135m"
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
@@ -47,7 +49,11 @@ class SmolLM2Prefill(ModelCase):
 
     def workload(self, row: Row, settings: Settings) -> Workload:
         """Load the model and cut the text."""
-        dtype, form, length = DTYPES[str(row.parameters["dtype"])], str(row.parameters["form"]), int(row.parameters["length"])
+        dtype, form, length = (
+            DTYPES[str(row.parameters["dtype"])],
+            str(row.parameters["form"]),
+            int(row.parameters["length"]),
+        )
         loaded = zoo.load(self.model, dtype=dtype)
         ids, mask = token_batch(loaded, form, length)
         kwargs: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
@@ -61,14 +67,14 @@ class SmolLM2Prefill(ModelCase):
             kwargs=kwargs,
             dtype=dtype,
             device=settings.device,
-            select=spread_rows(real),
+            select=SpreadRows(real),
             export_kwargs=(kwargs | {"use_cache": False}) if loaded.tokenizer is not None else kwargs,
             notes=(f"{int(real.sum())} of {real.numel()} tokens are real ({100 * float(real.float().mean()):.1f} %)",),
         )
 
 
-def token_batch(loaded: zoo.ZooModel, form: str, length: int) -> tuple[Tensor, Tensor | None]:
-    """Return token ids `[B, length]` of real text and, for the padded forms, the attention mask (1 real, 0 padding, padding left)."""
+def token_batch(loaded: ZooModel, form: str, length: int) -> tuple[Tensor, Tensor | None]:
+    """Return token ids `[B, length]` of real text and, for padded forms, the attention mask (0: padding)."""
     fills = {"padded": (0.75, 0.25), "padded-1": (0.5,)}.get(form)
     rows = len(fills or (1,))
     if loaded.tokenizer is None:  # random weights: the tokens mean nothing anyway
@@ -85,7 +91,7 @@ def token_batch(loaded: zoo.ZooModel, form: str, length: int) -> tuple[Tensor, T
     return torch.where(mask.bool(), tokens, torch.full_like(tokens, pad)), mask
 
 
-class spread_rows:  # noqa: N801  # a function that carries its positions
+class SpreadRows:
     """Take up to `SAMPLED` evenly spread real positions of logits `[B, S, V]`."""
 
     def __init__(self, real: Tensor) -> None:

@@ -67,3 +67,27 @@ def forget_fresh_symbols(mode: Any) -> None:
     env = getattr(mode, "shape_env", None)
     if env is not None:
         env.pending_fresh_unbacked_symbols.clear()
+
+
+class _Attributes(dict[str, Any]):
+    """Answer attribute reads from a mapping, None for what is absent."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+def flex_block_tuple(**fields: Any) -> tuple[Any, ...]:
+    """Return the operands of a block mask in the order of this torch's `flex_attention` op; absent lists are None.
+
+    Fields: seq_lengths, kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE, mask_mod.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return BlockMask.as_tuple(_Attributes(fields))  # type: ignore[arg-type]
+
+
+def flex_kernel_options(q: Any, k: Any, v: Any) -> dict[str, Any]:
+    """Return the complete kernel options for an inference call; TorchInductor fails on an incomplete dict."""
+    from torch.nn.attention import flex_attention
+
+    return dict(flex_attention._apply_kernel_options(q, k, v, False, {}))  # type: ignore[attr-defined]

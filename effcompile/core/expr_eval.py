@@ -19,6 +19,7 @@ TORCH: dict[str, Callable[..., Any]] = {
     "sub": torch.sub,
     "mul": torch.mul,
     "neg": torch.neg,
+    "signed": lambda value: value,  # marks a symbolic integer that may be negative
     "abs": torch.abs,
     "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),
     "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
@@ -93,7 +94,8 @@ def evaluate(
     def inner(node: Expr) -> torch.Tensor:
         args = [run(arg) for arg in node.args]
         if node.op == "load":
-            value = loads[int(node.value or 0)][tuple(args)]
+            # Python indexing would read 0-dimensional indices on the host; FlexAttention traces with exactly those.
+            value = torch.ops.aten.index.Tensor(loads[int(node.value or 0)], args)
             return value.to(INT) if node.dtype == INT else value
         return apply_torch(node.op, args, node.dtype)
 

@@ -62,7 +62,11 @@ def causal_offset(part: Expr) -> Expr | None:
     if part.op != "le":
         return None
     terms, number = linear(apply("sub", part.args[1], part.args[0]))
-    if terms.pop(Q, 0) != 1 or terms.pop(K, 0) != -1 or not all(atom.op in ("size", "load") for atom in terms):
+    if (
+        terms.pop(Q, 0) != 1
+        or terms.pop(K, 0) != -1
+        or not all(atom.op in ("size", "signed", "load") for atom in terms)
+    ):
         return None
     return from_terms(terms, number)
 
@@ -72,7 +76,11 @@ def window_left(part: Expr) -> Expr | None:
     if part.op != "le":
         return None
     terms, number = linear(apply("sub", part.args[1], part.args[0]))
-    if terms.pop(Q, 0) != -1 or terms.pop(K, 0) != 1 or not all(atom.op in ("size", "load") for atom in terms):
+    if (
+        terms.pop(Q, 0) != -1
+        or terms.pop(K, 0) != 1
+        or not all(atom.op in ("size", "signed", "load") for atom in terms)
+    ):
         return None
     return from_terms(terms, number)
 
@@ -157,9 +165,7 @@ def is_alibi(bias: Expr) -> bool:
 
 def relative(bias: Expr) -> bool:
     """Tell whether the addend looks up a table by the distance between query and key."""
-    return any(
-        node.op == "load" and any({QUERY, KEY} <= axes_of(arg) for arg in node.args) for node in walk(bias)
-    )
+    return any(node.op == "load" and any({QUERY, KEY} <= axes_of(arg) for arg in node.args) for node in walk(bias))
 
 
 def bound(expr: Expr, q_len: Expr, k_len: Expr, *, upper: bool) -> Expr | None:

@@ -138,10 +138,17 @@ class Editor:
         """Insert what follows before `node`."""
         return self.graph.inserting_before(node)
 
-    def shared(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
-        """Return the node made earlier for `key`, or make it: one block map serves thirty layers."""
+    def shared(self, key: Any, operands: Sequence[Any], make: Callable[[], fx.Node]) -> fx.Node:
+        """Return the node made earlier for `key`, or make it right after its operands: one block map serves thirty layers."""
         if key not in self._shared:
-            self._shared[key] = make()
+            needed = {operand for operand in operands if isinstance(operand, fx.Node)}
+            after = False
+            for node in self.graph.nodes:
+                if not needed and (after := after or node.op not in ("placeholder", "get_attr")):
+                    with self.graph.inserting_before(node):
+                        self._shared[key] = make()
+                    break
+                needed.discard(node)
         return self._shared[key]
 
     def attach(self, name: str, module: fx.GraphModule) -> fx.Node:

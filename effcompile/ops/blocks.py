@@ -194,7 +194,7 @@ def block_map(
     rows: int,
     columns: int,
     block: int,
-    like: torch.Tensor,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return FlexAttention's block lists for a predicate.
 
@@ -204,7 +204,7 @@ def block_map(
     predicate = from_json(keep)
     used = axes_of(predicate)
     extents = (batch if BATCH in used else 1, heads if HEAD in used else 1, rows, columns)
-    every, some = block_bounds(predicate, extents, (block, block), loads, sizes, like.device)
+    every, some = block_bounds(predicate, extents, (block, block), loads, sizes, device)
     partial = some & ~every
     return (*_listed(partial), *_listed(every))
 
@@ -223,12 +223,12 @@ def _fake_map(
     rows: int,
     columns: int,
     block: int,
-    like: torch.Tensor,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     used = axes_of(from_json(keep))
     lead = (batch if BATCH in used else 1, heads if HEAD in used else 1, (rows + block - 1) // block)
-    count = like.new_empty(lead, dtype=torch.int32)
-    index = like.new_empty((*lead, (columns + block - 1) // block), dtype=torch.int32)
+    count = torch.empty(lead, dtype=torch.int32, device=device)
+    index = torch.empty((*lead, (columns + block - 1) // block), dtype=torch.int32, device=device)
     return count, index, count.clone(), index.clone()
 
 
@@ -253,7 +253,7 @@ def register() -> None:
     define(
         "eff::block_map_v1",
         "(Tensor[] loads, SymInt[] sizes, str keep, SymInt batch, SymInt heads, SymInt rows, SymInt columns, int block, "
-        "Tensor like) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Device device) -> (Tensor, Tensor, Tensor, Tensor)",
         block_map,
         _fake_map,
     )

@@ -57,7 +57,7 @@ class SdpaPadded(AttentionKernel):
         slot = key_padding_slot(part)
         assert slot is not None
         source = call.loads[slot]
-        kept = edit.shared(("kept", source, part), lambda: self._kept(edit, source, part))
+        kept = edit.shared(("kept", source, part), (source,), lambda: self._kept(edit, source, part))
         causal = any(causal_offset(p) is not None for p in site.mask.parts())
         op = torch.ops.eff.attention_padded_v1.default
         return edit.call(op, call.q, call.k, call.v, kept, causal, call.empty_row, call.scale, like=node)

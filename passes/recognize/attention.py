@@ -241,5 +241,3 @@ def sites_of(graph: fx.Graph) -> Iterable[fx.Node]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.eff.attention_v1.default:
             yield node
-
-

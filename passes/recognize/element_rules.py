@@ -11,29 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from effcompile.core.expr import BOOL, INT, Expr, apply, const, linear
-from effcompile.passes.recognize.elements import Index, Reader, Rule, Unreadable, op_name, slice_bounds
+from effcompile.core.expr import BOOL, INT, Expr, apply, const
+from effcompile.passes.recognize.elements import Index, Reader, Rule, Unreadable, from_front, op_name, slice_begin
+from effcompile.passes.recognize.index_rules import index_rules
+from effcompile.passes.recognize.rule_args import argument, checked, dtype_of
 
 _INTEGERS = (torch.int64, torch.int32)
-
-
-def _arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
-
-
-def _checked(node: fx.Node) -> torch.dtype:
-    dtype = _dtype(node)
-    if dtype == BOOL or dtype.is_floating_point:
-        return dtype
-    if dtype in _INTEGERS:
-        return INT
-    raise Unreadable(f"`{node.name}` computes in {dtype}")
 
 
 # --- views ---------------------------------------------------------------------------------------------------------
@@ -44,7 +27,7 @@ def _same(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 
 def _unsqueeze(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    dim = int(_arg(node, 1, "dim")) % len(index)
+    dim = int(argument(node, 1, "dim")) % len(index)
     return reader.element(node.args[0], index[:dim] + index[dim + 1 :], at)
 
 
@@ -52,7 +35,7 @@ def _squeeze(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     shape = reader.shape(source)
-    dims = _arg(node, 1, "dim")
+    dims = argument(node, 1, "dim")
     chosen = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(shape) for d in chosen if shape[d] == 1}
     rest = iter(index)
@@ -60,7 +43,7 @@ def _squeeze(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 
 def _transpose(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    a, b = (int(_arg(node, n, f"dim{n - 1}", n - 1)) % len(index) for n in (1, 2))
+    a, b = (int(argument(node, n, f"dim{n - 1}", n - 1)) % len(index) for n in (1, 2))
     moved = list(index)
     moved[a], moved[b] = moved[b], moved[a]
     return reader.element(node.args[0], tuple(moved), at)
@@ -72,7 +55,7 @@ def _t(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def _permute(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     moved = list(index)
-    for place, dim in enumerate(_arg(node, 1, "dims")):
+    for place, dim in enumerate(argument(node, 1, "dims")):
         moved[dim % len(index)] = index[place]
     return reader.element(node.args[0], tuple(moved), at)
 
@@ -80,11 +63,9 @@ def _permute(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 def _slice(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    dim = int(_arg(node, 1, "dim", 0)) % len(index)
-    args = [_arg(node, n, name) for n, name in ((2, "start"), (3, "end"), (4, "step"))]
-    args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-    begin, _, step = slice_bounds(reader, reader.shape(source)[dim], *args)
-    moved = apply("add", apply("mul", index[dim], const(step)), begin)
+    dim = int(argument(node, 1, "dim", 0)) % len(index)
+    begin = slice_begin(reader, reader.shape(source)[dim], argument(node, 2, "start"))
+    moved = apply("add", apply("mul", index[dim], reader.number(argument(node, 4, "step", 1))), begin)
     return reader.element(source, (*index[:dim], moved, *index[dim + 1 :]), at)
 
 
@@ -92,9 +73,8 @@ def _select(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     shape = reader.shape(source)
-    dim, place = int(_arg(node, 1, "dim")) % len(shape), _arg(node, 2, "index")
-    if isinstance(place, int) and place < 0:
-        place = shape[dim] + place
+    dim = int(argument(node, 1, "dim")) % len(shape)
+    place = from_front(shape[dim], argument(node, 2, "index"))
     return reader.element(source, (*index[:dim], reader.number(place), *index[dim:]), at)
 
 
@@ -129,7 +109,7 @@ def _repeat(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     tail = index[len(index) - len(shape) :]
     moved = tuple(
         i if times == 1 else const(0) if _is_one(n) else apply("mod", i, reader.number(n))
-        for i, n, times in zip(tail, shape, _arg(node, 1, "repeats")[-len(shape) :])
+        for i, n, times in zip(tail, shape, argument(node, 1, "repeats")[-len(shape) :])
     )
     return reader.element(source, moved, at)
 
@@ -138,7 +118,7 @@ def _repeat(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 
 def _arange(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    if _dtype(node) not in _INTEGERS:
+    if dtype_of(node) not in _INTEGERS:
         raise Unreadable("arange of floating point")
     args = node.args
     start = reader.number(args[0]) if len(args) > 1 else const(0)
@@ -150,20 +130,20 @@ def _arange(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def _filled(position: int, name: str) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-        return apply("to", reader.number(_arg(node, position, name)), dtype=_checked(node))
+        return apply("to", reader.number(argument(node, position, name)), dtype=checked(node))
 
     return rule
 
 
 def _constant(value: int) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-        return const(value, _checked(node))
+        return const(value, checked(node))
 
     return rule
 
 
 def _fill(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    return apply("to", reader.element(node.args[1], (), at), dtype=_checked(node))
+    return apply("to", reader.element(node.args[1], (), at), dtype=checked(node))
 
 
 # --- pointwise ---------------------------------------------------------------------------------------------------------
@@ -171,7 +151,7 @@ def _fill(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def _pointwise(name: str, count: int = 2) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-        result = _checked(node)
+        result = checked(node)
         args = [reader.element(arg, index, at) for arg in node.args[:count]]
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 and name in ("add", "sub") else 1)
         if name in ("add", "sub") and alpha != 1:
@@ -212,48 +192,48 @@ def _of_tensor(args: list[Expr], wide: torch.dtype) -> torch.dtype:
 
 def _rsub(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     a, b = (reader.element(arg, index, at) for arg in node.args[:2])
-    return _combine("sub", [b, a], _checked(node))
+    return _combine("sub", [b, a], checked(node))
 
 
 def _div(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     mode = node.kwargs.get("rounding_mode")
     args = [reader.element(arg, index, at) for arg in node.args[:2]]
     if mode is None:
-        return _combine("truediv", args, _checked(node))
-    if _checked(node) != INT:
+        return _combine("truediv", args, checked(node))
+    if checked(node) != INT:
         raise Unreadable("a rounded division of floating point")
     return _combine("floordiv" if mode == "floor" else "truncdiv", args, INT)
 
 
 def _floor_divide(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    if _checked(node) != INT:
+    if checked(node) != INT:
         raise Unreadable("a floor division of floating point")
     return _combine("floordiv", [reader.element(arg, index, at) for arg in node.args[:2]], INT)
 
 
 def _cast(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     value = reader.element(node.args[0], index, at)
-    if value.dtype.is_floating_point and _dtype(node) in _INTEGERS and not value.is_const:
+    if value.dtype.is_floating_point and dtype_of(node) in _INTEGERS and not value.is_const:
         return Expr("to", (value,), dtype=INT)
-    return apply("to", value, dtype=_checked(node))
+    return apply("to", value, dtype=checked(node))
 
 
 def _where(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     cond, yes, no = (reader.element(arg, index, at) for arg in node.args[:3])
-    result = _checked(node)
+    result = checked(node)
     return apply("where", apply("to", cond, dtype=BOOL), apply("to", yes, dtype=result), apply("to", no, dtype=result))
 
 
 def _masked_fill(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     value, mask = (reader.element(arg, index, at) for arg in node.args[:2])
-    fill = apply("to", reader.element(node.args[2], (), at), dtype=_checked(node))
+    fill = apply("to", reader.element(node.args[2], (), at), dtype=checked(node))
     return apply("where", mask, fill, value)
 
 
 def _triangle(upper: bool) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
         value = reader.element(node.args[0], index, at)
-        limit = apply("add", index[-2], reader.number(_arg(node, 1, "diagonal", 0)))
+        limit = apply("add", index[-2], reader.number(argument(node, 1, "diagonal", 0)))
         kept = apply("ge" if upper else "le", index[-1], limit)
         return apply("where", kept, value, const(0, value.dtype))
 
@@ -261,131 +241,14 @@ def _triangle(upper: bool) -> Rule:
 
 
 def _clamp(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    value, result = reader.element(node.args[0], index, at), _checked(node)
+    value, result = reader.element(node.args[0], index, at), checked(node)
     name = op_name(node)
-    low = _arg(node, 1, "min") if name != "clamp_max" else None
-    high = _arg(node, 2, "max") if name == "clamp" else _arg(node, 1, "max") if name == "clamp_max" else None
+    low = argument(node, 1, "min") if name != "clamp_max" else None
+    high = argument(node, 2, "max") if name == "clamp" else argument(node, 1, "max") if name == "clamp_max" else None
     for bound, op in ((low, "maximum"), (high, "minimum")):
         if bound is not None:
             value = _combine(op, [value, reader.element(bound, index, at)], result)
     return value
-
-
-# --- indexing and scans -----------------------------------------------------------------------------------------------
-
-
-def _index(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    source, chosen = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    assert isinstance(source, fx.Node)
-    shape = reader.shape(source)
-    chosen += [None] * (len(shape) - len(chosen))
-    places = [d for d, item in enumerate(chosen) if item is not None]
-    if any(item.meta["val"].dtype == BOOL for item in chosen if isinstance(item, fx.Node)):
-        raise Unreadable("indexing by a boolean tensor")
-    if places != list(range(places[0], places[-1] + 1)):
-        raise Unreadable("advanced indexing with a gap")
-    rank = max(len(reader.shape(item)) for item in chosen if isinstance(item, fx.Node))
-    inner = index[places[0] : places[0] + rank]
-    rest = iter(index[: places[0]] + index[places[0] + rank :])
-    moved = tuple(next(rest) if item is None else reader.element(item, inner, at) for item in chosen)
-    return _looked_up(reader, source, moved, at)
-
-
-def _looked_up(reader: Reader, source: fx.Node, index: Index, at: int) -> Expr:
-    """Read at computed places; torch wraps negative ones, so only provably non-negative places are looked through."""
-    if all(_never_negative(place) for place in index):
-        return reader.element(source, index, at)
-    return reader.leaf(source, index)
-
-
-def _never_negative(place: Expr) -> bool:
-    terms, number = linear(place)
-    return number >= 0 and all(times > 0 and atom.op in ("axis", "size") for atom, times in terms.items())
-
-
-def _index_select(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    dim = int(node.args[1]) % len(index)  # type: ignore[arg-type]
-    place = reader.element(node.args[2], (index[dim],), at)
-    return _looked_up(reader, source, (*index[:dim], place, *index[dim + 1 :]), at)
-
-
-def _embedding(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    row = reader.element(node.args[1], index[:-1], at)
-    return _looked_up(reader, source, (row, index[-1]), at)
-
-
-def _cumsum(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    """Fold the running sum of a constant; a sum of data is a load."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    dim = int(_arg(node, 1, "dim")) % len(index)
-    step = apply("to", reader.element(source, index, at), dtype=_checked(node))
-    if not step.is_const or step.dtype != INT:
-        return reader.leaf(node, index)
-    return apply("mul", apply("add", index[dim], const(1)), step)
-
-
-def _diff(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    """Fold the first difference along a dimension, with the optional `prepend`."""
-    source, prepend = node.args[0], _arg(node, 3, "prepend")
-    assert isinstance(source, fx.Node)
-    dim = int(_arg(node, 2, "dim", -1)) % len(index)
-    if _arg(node, 1, "n", 1) != 1 or _arg(node, 4, "append") is not None or _dtype(node) not in _INTEGERS:
-        return reader.leaf(node, index)
-
-    def moved(place: Expr) -> Index:
-        return (*index[:dim], place, *index[dim + 1 :])
-
-    here = index[dim]
-    if prepend is None:
-        after = reader.element(source, moved(apply("add", here, const(1))), at)
-        return apply("sub", after, reader.element(source, moved(here), at))
-    if reader.shape(prepend)[dim] != 1:
-        return reader.leaf(node, index)
-    before = reader.element(source, moved(apply("sub", here, const(1))), at)
-    now = reader.element(source, index, at)
-    first = apply("sub", reader.element(source, moved(const(0)), at), reader.element(prepend, moved(const(0)), at))
-    step = apply("sub", now, before)
-    if step == first:
-        return step
-    return reader.leaf(node, index)
-
-
-def _cat(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    dim = int(_arg(node, 1, "dim", 0)) % len(index)
-    here, result = index[dim], _checked(node)
-    sources = list(node.args[0])  # type: ignore[arg-type]
-    begin, value = const(0), None
-    pieces: list[tuple[Expr, Expr]] = []
-    for source in sources:
-        end = apply("add", begin, reader.number(reader.shape(source)[dim]))
-        place = (*index[:dim], apply("sub", here, begin), *index[dim + 1 :])
-        pieces.append((apply("lt", here, end), apply("to", reader.element(source, place, at), dtype=result)))
-        begin = end
-    value = pieces[-1][1]
-    for cond, piece in reversed(pieces[:-1]):
-        value = apply("where", cond, piece, value)
-    return value
-
-
-def _pad(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
-    source, widths = node.args[0], list(_arg(node, 1, "pad"))
-    assert isinstance(source, fx.Node)
-    shape, inside, moved = reader.shape(source), const(True), list(index)
-    for number, (left, right) in enumerate(zip(widths[::2], widths[1::2])):
-        dim = len(shape) - 1 - number
-        place = apply("sub", index[dim], reader.number(left))
-        moved[dim] = place
-        if left != 0:
-            inside = apply("and", inside, apply("ge", place, const(0)))
-        if right != 0:
-            inside = apply("and", inside, apply("lt", place, reader.number(shape[dim])))
-    fill = apply("to", reader.number(_arg(node, 2, "value", 0) or 0), dtype=_checked(node))
-    return apply("where", inside, reader.element(source, tuple(moved), at), fill)
 
 
 def rules() -> dict[str, Rule]:
@@ -410,6 +273,4 @@ def rules() -> dict[str, Rule]:
     table |= dict.fromkeys(("to", "_to_copy", "type_as"), _cast)
     table |= {"where": _where, "masked_fill": _masked_fill, "tril": _triangle(False), "triu": _triangle(True)}
     table |= dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp)
-    table |= {"index": _index, "index_select": _index_select, "embedding": _embedding, "cumsum": _cumsum}
-    table |= {"diff": _diff, "cat": _cat, "constant_pad_nd": _pad, "pad": _pad, "fill": _fill}
-    return table
+    return table | {"fill": _fill} | index_rules()

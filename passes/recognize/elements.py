@@ -7,17 +7,20 @@ exactly the writes that precede its consumer. What cannot be proved raises `Unre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effcompile.core.expr import BOOL, INT, Expr, apply, axes_of, const, load, size
 from effcompile.core.expr import KEY as K_AXIS
 from effcompile.core.expr import QUERY as Q_AXIS
+from effcompile.passes.recognize.aliases import Aliases, Write, shares, written
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Reader", fx.Node, Index, int], Expr]
@@ -37,31 +40,8 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_write(node: fx.Node) -> bool:
-    """Tell whether the node writes into its first argument."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and bool(node.args)
-
-
-VIEWS = frozenset(
-    "alias detach view view_as reshape _unsafe_view expand expand_as permute transpose t select slice squeeze unsqueeze "
-    "flatten unflatten movedim numpy_T diagonal narrow".split()
-)
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Tell whether a cast is a no-op that returns its own input, so that later writes show through."""
-    if op_name(node) not in ("to", "contiguous") or not isinstance(node.args[0], fx.Node):
-        return False
-    return bool(node.args[0].meta["val"].dtype == node.meta["val"].dtype)
-
-
-@dataclass(frozen=True)
-class Write:
-    """Record that `node` overwrites the elements of `view` (an alias of one storage) at position `at`."""
-
-    node: fx.Node
-    view: fx.Node
-    at: int
+    """Tell whether the node writes into one of its operands."""
+    return bool(written(node))
 
 
 @dataclass
@@ -76,19 +56,11 @@ class Reader:
     pinned: list[fx.Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.order = {node: number for number, node in enumerate(self.graph.nodes)}
-        self._memo: dict[tuple[fx.Node, Index, int], Expr] = {}
-        self._writes: dict[fx.Node, list[Write]] = {}
+        self.aliases = Aliases(self.graph)
+        self.order = self.aliases.order
+        self._memo: dict[tuple[fx.Node, Index, int, bool], Expr] = {}
         self._depth = 0
-        for node in self.graph.nodes:
-            if is_write(node) and isinstance(node.args[0], fx.Node):
-                self._writes.setdefault(self.root(node.args[0]), []).append(Write(node, node.args[0], self.order[node]))
-
-    def root(self, node: fx.Node) -> fx.Node:
-        """Return the node that owns the storage which `node` looks at."""
-        while (op_name(node) in VIEWS or is_write(node) or _may_alias(node)) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node
+        self._unsure = 0
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -99,22 +71,23 @@ class Reader:
         if isinstance(value, bool | int | float):
             return const(value)
         if isinstance(value, torch.SymInt):
-            return self._symbolic(value.node.expr)
+            return self._symbolic(value.node.expr, value.node.shape_env)
         raise Unreadable(f"a size that is not an integer ({type(value).__name__})")
 
-    def _symbolic(self, expr: Any) -> Expr:
+    def _symbolic(self, expr: Any, environment: Any) -> Expr:
         if expr.is_Integer:
             return const(int(expr))
         if isinstance(expr, sympy.Add):
             total = const(0)
             for term in expr.args:
-                total = apply("add", total, self._symbolic(term))
+                total = apply("add", total, self._symbolic(term, environment))
             return total
         if isinstance(expr, sympy.Mul) and len(expr.args) == 2 and expr.args[0].is_Integer:
-            return apply("mul", self._symbolic(expr.args[1]), const(int(expr.args[0])))
+            return apply("mul", self._symbolic(expr.args[1], environment), const(int(expr.args[0])))
         if expr not in self.sizes:
             self.sizes.append(expr)
-        return size(self.sizes.index(expr))
+        slot = self.sizes.index(expr)
+        return size(slot) if environment.bound_sympy(expr).lower >= 0 else apply("signed", size(slot))
 
     def shape(self, node: fx.Node) -> list[Any]:
         """Return the recorded shape of a tensor node."""
@@ -135,7 +108,7 @@ class Reader:
         if len(dims) != len(index):  # broadcasting: leading dimensions of the index do not exist here
             index = index[len(index) - len(dims) :]
         index = tuple(const(0) if isinstance(n, int) and n == 1 else i for i, n in zip(index, dims))
-        key = (node, index, at if self.root(node) in self._writes else -1)
+        key = (node, index, self.aliases.last_write(node, at), self._unsure > 0)
         if key not in self._memo:
             self._depth += 1
             if self._depth > 200:
@@ -147,26 +120,42 @@ class Reader:
         return self._memo[key]
 
     def _read(self, node: fx.Node, index: Index, at: int) -> Expr:
-        root = self.root(node)
-        if root in self._writes:
+        if self.aliases.writes(node):
+            root = self.aliases.root(node)
             if node is root:
                 return self._after_writes(root, index, at)
-            if is_write(node):
-                assert isinstance(node.args[0], fx.Node)
-                return self.element(node.args[0], index, at)
-        if _may_alias(node) and any(self.order[node] < write.at < at for write in self._writes.get(root, ())):
-            raise Unreadable(f"`{node.name}` may or may not see a later in-place write")
-        if op_name(node) not in VIEWS and not _may_alias(node):
+            views = written(node)
+            if len(views) == 1:  # the result of an in-place op is what it wrote to
+                return self.element(views[0], index, at)
+            if views or not shares(node, node.args[0] if node.args else None):
+                raise Unreadable(f"what `{node.name}` shares with a value that is written in place")
+        if not shares(node, node.args[0] if node.args else None):
             at = self.order[node]  # a copy holds what its source held when it was made
         rule = self.rules.get(op_name(node))
-        if rule is None or (is_write(node) and root not in self._writes):
-            return self.leaf(node, index)
-        return rule(self, node, index, at)
+        return self.leaf(node, index) if rule is None or is_write(node) else rule(self, node, index, at)
+
+    @contextlib.contextmanager
+    def unsure(self) -> Iterator[None]:
+        """Read at places that may lie outside a tensor, under a condition that drops those elements."""
+        self._unsure += 1
+        try:
+            yield
+        finally:
+            self._unsure -= 1
+
+    def _inside(self, index: Index, shape: Sequence[Any]) -> Index:
+        """Move places that may lie outside to the nearest element: evaluating a load must never fail."""
+        if any(isinstance(n, int) and n == 0 for n in shape):
+            raise Unreadable("a mask made from an empty tensor")
+        last = [apply("sub", self.number(n), const(1)) for n in shape]
+        return tuple(
+            i if i == const(0) else apply("minimum", apply("maximum", i, const(0)), n) for i, n in zip(index, last)
+        )
 
     def leaf(self, node: fx.Node, index: Index) -> Expr:
         """Return a load of a tensor that exists anyway; a tensor over query x key positions is refused."""
         value = node.meta["val"]
-        if any(write.at > self.order[node] for write in self._writes.get(self.root(node), ())):
+        if any(write.at > self.order[node] for write in self.aliases.writes(node)):
             raise Unreadable(f"`{node.name}` is written in place after the mask read it")
         known = self.buffers(node)
         if known is not None:
@@ -178,9 +167,12 @@ class Reader:
         if sum(1 for axes in spread if Q_AXIS in axes) and sum(1 for axes in spread if K_AXIS in axes):
             alone = [axes for axes in spread if axes]
             if len(alone) > 1:
-                raise Unreadable(f"the values of `{node.name}` {tuple(value.shape)} are data over query and key positions")
+                raise Unreadable(
+                    f"the values of `{node.name}` {tuple(value.shape)} are data over query and key positions"
+                )
         if value.dtype not in (BOOL, *_INTEGERS) and not value.dtype.is_floating_point:
             raise Unreadable(f"`{node.name}` has dtype {value.dtype}")
+        index = self._inside(index, value.shape) if self._unsure else index
         if node not in self.loads:
             self.loads.append(node)
         return load(self.loads.index(node), index, INT if value.dtype in _INTEGERS else value.dtype)
@@ -188,14 +180,20 @@ class Reader:
     # --- in-place writes -----------------------------------------------------------------------------------------------
 
     def _after_writes(self, root: fx.Node, index: Index, at: int) -> Expr:
-        writes = [write for write in self._writes[root] if write.at < at]
+        writes = [write for write in self.aliases.writes(root) if write.at < at]
         if not writes:
             return self._unwritten(root, index, at)
         last = writes[-1]
         position, inside = self._inverse(root, last.view, index)
-        new = self._written(last, position)
+        dtype = root.meta["val"].dtype
+        if dtype not in (BOOL, *_INTEGERS) and not dtype.is_floating_point:
+            raise Unreadable(f"`{root.name}` has dtype {dtype}")
         if inside.is_const and inside.value:
-            return new
+            return apply("to", self._written(last, position), dtype=dtype)
+        if inside.is_const:
+            return self._after_writes(root, index, last.at)
+        with self.unsure():
+            new = apply("to", self._written(last, position), dtype=dtype)
         return apply("where", inside, new, self._after_writes(root, index, last.at))
 
     def _unwritten(self, root: fx.Node, index: Index, at: int) -> Expr:
@@ -204,6 +202,8 @@ class Reader:
 
     def _written(self, write: Write, index: Index) -> Expr:
         name = op_name(write.node)
+        if write.node.args[0] is not write.view:
+            raise Unreadable(f"`{name or write.node.name}` writes to a later operand")
         if name == "copy_":
             value = write.view.meta["val"]
             return apply("to", self.element(write.node.args[1], index, write.at), dtype=value.dtype)
@@ -217,9 +217,12 @@ class Reader:
         chain: list[fx.Node] = []
         node = view
         while node is not root:
+            source = node.args[0] if node.args else None
+            if not isinstance(source, fx.Node) or not shares(node, source):
+                raise Unreadable(f"an in-place write through `{node.name}`")
             if not is_write(node):
                 chain.append(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = source
         inside = const(True)
         position = list(index)
         for step in reversed(chain):
@@ -231,16 +234,19 @@ class Reader:
                 dim = int(args[1])  # type: ignore[arg-type]
                 position.insert(dim % (len(position) + 1), const(0))
             elif name == "select":
+                base = step.args[0]
+                assert isinstance(base, fx.Node)
                 dim = int(args[1]) % len(position)  # type: ignore[arg-type]
-                inside = apply("and", inside, apply("eq", position.pop(dim), self.number(args[2])))
+                place = self.number(from_front(self.shape(base)[dim], args[2]))
+                inside = apply("and", inside, apply("eq", position.pop(dim), place))
             elif name == "slice":
                 base = step.args[0]
                 assert isinstance(base, fx.Node)
                 dim = int(args[1] or 0) % len(position)  # type: ignore[arg-type]
-                begin, end, stride = slice_bounds(self, self.shape(base)[dim], args[2], args[3], args[4])
-                if stride != 1:
+                if args[4] not in (None, 1):
                     raise Unreadable("an in-place write through a strided slice")
-                here = position[dim]
+                begin = slice_begin(self, self.shape(base)[dim], args[2])
+                here, end = position[dim], apply("add", begin, self.number(self.shape(step)[dim]))
                 inside = apply("and", inside, apply("and", apply("ge", here, begin), apply("lt", here, end)))
                 position[dim] = apply("sub", here, begin)
             else:
@@ -248,23 +254,26 @@ class Reader:
         return tuple(position), inside
 
 
-def slice_bounds(reader: Reader, extent: Any, begin: Any, end: Any, stride: Any) -> tuple[Expr, Expr, int]:
-    """Return the bounds of a slice as expressions; negative bounds count from the end, large ones are clamped."""
+def from_front(extent: Any, place: Any) -> Any:
+    """Return a place along a dimension as torch counts it: a negative one from the end."""
+    place = place.meta["val"] if isinstance(place, fx.Node) else place
+    if statically_known_true(place < 0):
+        return extent + place
+    if not statically_known_true(place >= 0):
+        raise Unreadable("a place along a dimension whose sign is data")
+    return place
 
-    def place(value: Any, default: Any) -> Expr:
-        value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value < 0:
-                value = extent + value
-                if isinstance(value, int):
-                    value = max(value, 0)
-            elif isinstance(extent, int):
-                value = min(value, extent)
-            elif value >= 2**31:
-                value = extent
-        return reader.number(value)
 
-    return place(begin, 0), place(end, extent), int(stride or 1)
+def slice_begin(reader: Reader, extent: Any, begin: Any) -> Expr:
+    """Return where a slice begins; one before the front begins at 0, one past the end is empty."""
+    place = from_front(extent, 0 if begin is None else begin)
+    if isinstance(place, int) and isinstance(extent, int):
+        return const(min(max(place, 0), extent))
+    if statically_known_true(place < 0):
+        return const(0)
+    if not statically_known_true(place >= 0):
+        raise Unreadable("a slice that begins at a place whose sign is data")
+    return reader.number(place)
 
 
 def triangle(buffer: torch.Tensor, index: Sequence[Expr]) -> Expr | None:
@@ -293,4 +302,3 @@ def triangle(buffer: torch.Tensor, index: Sequence[Expr]) -> Expr | None:
     if torch.equal(flat.cpu(), torch.where(lower, low, high).to(flat.dtype)) and low != high:
         return apply("where", inside, const(low, flat.dtype), const(high, flat.dtype))
     return None
-

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
@@ -25,6 +27,7 @@ class Term:
     node: fx.Node
     fill: float = 0.0
     rank3: bool = False  # the scores were [B*H, Q, K] when it was applied
+    reader: fx.Node | None = field(default=None, compare=False)  # the step that read it; None: the anchor
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Match:
     sinks: fx.Node | None = None
     rank3: tuple[object, object] | None = None  # (batch, heads) where the anchor is [B*H, Q, Dv]
     out_dims: tuple[int, ...] = (0, 1, 2, 3)  # how the anchor permutes [B, H, Q, Dv]
+    reads: tuple[tuple[fx.Node, fx.Node], ...] = ()  # (operand, who read it) where that is before the anchor
+    path: tuple[fx.Node, ...] = ()  # what is computed between the first product and the anchor
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,18 @@ class NoMatch:
     anchor: fx.Node
     idiom: str
     refusal: Refusal
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Tell whether two sizes are equal for every input, without adding a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Tell whether three values are `[B, Hq, Q, D]`, `[B, Hkv, K, D]`, `[B, Hkv, K, Dv]` as they are, without broadcasting."""
+    if not same_size(q.shape[0], k.shape[0]) or not same_size(q.shape[0], v.shape[0]):
+        return False
+    heads, groups = q.shape[1], k.shape[1]
+    if not same_size(groups, v.shape[1]) or not same_size(k.shape[2], v.shape[2]) or not same_size(q.shape[3], k.shape[3]):
+        return False
+    return same_size(heads, groups) or (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0)

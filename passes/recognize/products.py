@@ -56,12 +56,12 @@ def product_of(node: fx.Node) -> Product | None:
 
 
 def _rank(value: Any) -> int:
-    return value.meta["val"].dim() if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor) else 0
+    return (
+        value.meta["val"].dim() if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor) else 0
+    )
 
 
-def _matmul(
-    node: fx.Node, name: str, left: Any, right: Any, alpha: float = 1.0, addend: Any = None
-) -> Product | None:
+def _matmul(node: fx.Node, name: str, left: Any, right: Any, alpha: float = 1.0, addend: Any = None) -> Product | None:
     if _rank(left) not in (3, 4) or _rank(right) != _rank(left):
         return None
     keys = _untransposed(right)

@@ -17,7 +17,7 @@ from torch import fx
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
 from effcompile.passes.recognize.elements import op_name
-from effcompile.passes.recognize.match import Match, NoMatch, Operand, Term
+from effcompile.passes.recognize.match import Match, NoMatch, Operand, Term, same_size
 from effcompile.passes.recognize.products import Product, product_of
 from effcompile.passes.recognize.sdpa import unrepeated
 
@@ -70,7 +70,10 @@ def _reaches_product(node: fx.Node, depth: int = 14) -> bool:
     return any(_reaches_product(arg, depth - 1) for arg in operands if isinstance(arg, fx.Node))  # type: ignore[union-attr]
 
 
-_WALKED = frozenset("add sub mul div masked_fill where tanh cat maximum add_ mul_ div_ masked_fill_".split()) | {*_VIEWS, *_SAME}
+_WALKED = frozenset("add sub mul div masked_fill where tanh cat maximum add_ mul_ div_ masked_fill_".split()) | {
+    *_VIEWS,
+    *_SAME,
+}
 
 
 def _number(value: Any) -> float | None:
@@ -215,7 +218,9 @@ def _back_sinks(node: fx.Node, name: str, walk: _Walk) -> Product:
 def _is_max_of(node: fx.Node, source: Any) -> bool:
     if op_name(node) == "amax" and node.args[0] is source:
         return True
-    return node.target.__name__ == "getitem" and _is_max_of_pair(node.args[0], source) if callable(node.target) else False
+    return (
+        node.target.__name__ == "getitem" and _is_max_of_pair(node.args[0], source) if callable(node.target) else False
+    )
 
 
 def _is_max_of_pair(node: Any, source: Any) -> bool:

@@ -1,0 +1,211 @@
+"""Turn result documents into a terminal table and into the results section of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.case import Settings
+from effcompile.core.errors import EffError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+OURS = "eff"
+
+
+def table(document: Mapping[str, Any]) -> Table:
+    """Return a rich table: a line a row, a column an arm with median, half quartile range and ratio to the baseline."""
+    from rich.table import Table as RichTable
+
+    arms = arm_names(document)
+    made = RichTable(
+        title=f"{document['title']} ({document['tag']})", caption=_caption(document), caption_justify="left"
+    )
+    made.add_column("row")
+    for name in arms:
+        made.add_column(name, justify="right")
+    made.add_column("eff vs fastest peer", justify="right")
+    for row in document["rows"]:
+        notes: list[str] = []
+        cells = [_cell(document, row, name, notes, wide=True) for name in arms]
+        made.add_row(row["id"], *cells, versus_best(row))
+    return made
+
+
+def problems(document: Mapping[str, Any]) -> list[str]:
+    """Return one line for each arm that failed, was skipped, differs more than the rule allows, or recompiled."""
+    lines: list[str] = []
+    for row in document["rows"]:
+        for name, arm in row["arms"].items():
+            if "error" in arm:
+                lines.append(f"{row['id']} {name}: failed: {arm['error']}")
+            elif "skipped" in arm:
+                lines.append(f"{row['id']} {name}: skipped: {arm['skipped']}")
+            elif arm.get("numerics", {}).get("within") is False:
+                lines.append(f"{row['id']} {name}: {_WRONG}: rmse {arm['numerics'].get('rmse')}")
+        if row.get("recompiled"):
+            lines.append(f"{row['id']}: {row['recompiled']} graphs were compiled again during the rounds")
+    return list(dict.fromkeys(lines))
+
+
+_WRONG = "differs from float64 more than the rule allows"
+
+
+def arm_names(document: Mapping[str, Any]) -> list[str]:
+    """Return the arms of all rows, in the order they first appear."""
+    return list(dict.fromkeys(name for row in document["rows"] for name in row["arms"]))
+
+
+def versus_best(row: Mapping[str, Any]) -> str:
+    """Return eff's ratio to the fastest other compiler or runtime of the row, with its name; '' where there is none."""
+    mine = [item for item in row["ratios"] if item["arm"] == OURS and not item["to"].startswith(OURS)]
+    if not mine:
+        return ""
+    best = min(mine, key=lambda item: item["median"])
+    return f"{best['median']:.2f}x {best['to']}"
+
+
+def _cell(
+    document: Mapping[str, Any], row: Mapping[str, Any], name: str, notes: list[str], *, wide: bool = False
+) -> str:
+    arm = row["arms"].get(name)
+    if arm is None:
+        return ""
+    if "error" in arm or "skipped" in arm:
+        return ("failed" if "error" in arm else "-") + _note(notes, arm.get("error") or arm["skipped"])
+    text = amount(document["unit"], arm)
+    if wide and "seconds" in arm:
+        text += f" ±{_scale(document['unit'], arm['seconds']['iqr'] / 2)[0]}"
+    base = next(iter(row["arms"]))
+    found = next((item for item in row["ratios"] if item["arm"] == name and item["to"] == base), None)
+    if found is not None:
+        text += f" ({found['median']:.2f}x)"
+    return text + (_note(notes, _WRONG) if arm.get("numerics", {}).get("within") is False else "")
+
+
+def amount(unit: str, arm: Mapping[str, Any]) -> str:
+    """Return an arm's figure with its unit: GFLOP/s where it has a rate, else time or memory."""
+    if "gflops" in arm:
+        return f"{arm['gflops']:.4g} GFLOP/s"
+    value = arm["bytes"]["call_peak"] if "bytes" in arm else arm["seconds"]["median"]
+    return " ".join(_scale(unit, value))
+
+
+def _scale(unit: str, value: float) -> tuple[str, str]:
+    if unit == "bytes":
+        return f"{value / 2**30:.2f}", "GiB"
+    if unit == "compilation" or value >= 10:
+        return f"{value:.1f}", "s"
+    return (f"{value * 1e3:.3g}", "ms") if value < 1 else (f"{value * 1e3:.0f}", "ms")
+
+
+def _note(notes: list[str], text: str) -> str:
+    if text not in notes:
+        notes.append(text)
+    return f" [{notes.index(text) + 1}]"
+
+
+def _caption(document: Mapping[str, Any]) -> str:
+    lines = [document["about"]]
+    for manifest in document["runs"].values():
+        lines.append(machine(manifest))
+    return "\n".join(dict.fromkeys(lines))
+
+
+def machine(manifest: Mapping[str, Any]) -> str:
+    """Return one line: date, chip, threads, versions and commit of a run."""
+    chip = manifest["gpu"]["name"] if manifest.get("gpu") else f"{manifest['cpu']['model']} ({manifest['cpu']['isa']})"
+    versions = manifest["versions"]
+    peers = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("torch", "transformers", "onnxruntime", "openvino")
+        if versions.get(name)
+    )
+    commit = (manifest["commit"].get("hash") or "unknown")[:10] + ("+" if manifest["commit"].get("modified") else "")
+    return f"{manifest['date'][:10]}, {chip}, {manifest['threads']} threads, {peers}, commit {commit}"
+
+
+def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Return the README's results: a table a case, with its circumstances and the reasons of what is missing."""
+    parts = [
+        "All figures are measured (none modelled) by `eff bench`: medians of rounds in which the arms take turns. In "
+        "parentheses: how many times as fast as the first column, from ratios taken round by round. `eff vs fastest "
+        "peer` is the smallest of eff's ratios."
+    ]
+    parts += [section(document) for document in documents if document["headline"] and document["rows"]]
+    return "\n\n".join(parts)
+
+
+def section(document: Mapping[str, Any]) -> str:
+    """Return one case as Markdown."""
+    notes: list[str] = []
+    arms = arm_names(document)
+    place = "" if document["device"] == "cpu" else f" on {document['device']}"
+    lines = [f"### {document['title']}{place}", "", document["about"], ""]
+    lines.append("| row | " + " | ".join(arms) + " | eff vs fastest peer |")
+    lines.append("| --- |" + " ---: |" * (len(arms) + 1))
+    for row in document["rows"]:
+        cells = [_cell(document, row, name, notes) for name in arms]
+        lines.append("| " + " | ".join([row["id"], *cells, versus_best(row)]) + " |")
+    lines.append("")
+    for number, note in enumerate(notes, 1):
+        lines.append(f"[{number}] {_plain(note)}  ")
+    spreads = [arm["seconds"] for row in document["rows"] for arm in row["arms"].values() if "seconds" in arm]
+    if spreads:
+        widest = max(spread["iqr"] / spread["median"] for spread in spreads if spread["median"] > 0)
+        rounds = sorted({row["rounds"] for row in document["rows"]})
+        lines.append(
+            f"Rounds: {', '.join(map(str, rounds))}; widest quartile range {100 * widest:.1f} % of its median.  "
+        )
+    lines += [f"measured: {text}  " for text in dict.fromkeys(machine(m) for m in document["runs"].values())]
+    return "\n".join(lines).rstrip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("|", "/").replace("<", "&lt;").split())
+
+
+def replace_results(text: str, body: str) -> str:
+    """Return the README text with `body` between the markers.
+
+    Raises:
+        EffError: EFF-B104 unless each marker is there once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise EffError("EFF-B104", f"the README needs the line {BEGIN} and, after it, {END}, once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{body.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def write_readme(path: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
+    """Put the results into a README; return whether it changed.
+
+    Raises:
+        EffError: EFF-B104 where the file or its markers are missing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EffError("EFF-B104", f"cannot read {path.name}: {error.strerror}") from error
+    new = replace_results(text, markdown(documents))
+    if new != text:
+        path.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def list_table(items: Sequence[Mapping[str, Any]], settings: Settings) -> Table:
+    """Return the table of `eff bench --list`."""
+    from rich.table import Table as RichTable
+
+    made = RichTable(title=f"cases on {settings.device}")
+    for name in ("case", "measures", "rows", "arms"):
+        made.add_column(name)
+    for item in items:
+        rows = item["rows"]
+        shown = ", ".join(rows[:3]) + (f" ... ({len(rows)})" if len(rows) > 3 else "")
+        others = f" (also {', '.join(item['other_arms'])})" if item["other_arms"] else ""
+        made.add_row(item["case"], item["title"], shown, ", ".join(item["arms"]) + others)
+    return made

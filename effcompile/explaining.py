@@ -1,0 +1,282 @@
+"""Dry-run a model: what would be rewritten for a target, what would not, and why.
+
+    print(eff.explain(model, *inputs, target="sm_90"))
+
+The model is traced on the meta device, so no weight is read and no GPU is needed; the target decides, not this machine. Everything
+that `torch.compile(model, backend="eff")` decides is decided here by the same code; only emission is left out.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from effcompile.backend import check_doors, target_of
+from effcompile.compiler import Compiled, all_kernels, all_passes, compile_program
+from effcompile.core.dump import Dump
+from effcompile.core.errors import EffError
+from effcompile.core.options import Options
+from effcompile.core.program import Break
+from effcompile.core.site import AttentionSite
+from effcompile.core.target import Target
+from effcompile.lowering.attention import estimate
+from effcompile.modules import attention_modules, holders
+from effcompile.observe import Observation, SeenGraph, observe
+from effcompile.planning import pricing
+from effcompile.planning.explain import Explanation, GraphRow, MissedRow, PassRow, SiteRow, Unseen
+from effcompile.skeleton import Skeleton, strip, strip_inputs
+
+
+def explain(
+    model: Callable[..., Any],
+    *inputs: Any,
+    target: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    real: bool = False,
+    name: str = "",
+    command: str = "",
+    **kwargs: Any,
+) -> Explanation:
+    """Return what `torch.compile(model, backend="eff", options=options)(*inputs, **kwargs)` would do on `target`.
+
+    Args:
+        model: a module, on any device or on meta; its weights are not read. A plain function runs once on its inputs as they are.
+        inputs: the arguments of one call; tensors are replaced by empty ones on the meta device.
+        target: a device word such as `sm_90`, `h100`, `cpu`; None is this machine.
+        options: as for torch.compile. `require` is counted against the module tree here, so that attention behind a graph break
+            or in an unrecognized spelling breaks it too.
+        dynamic: as for torch.compile.
+        real: run on the weights and inputs themselves; for models whose control flow asks for values.
+        name: what to call the model in the report.
+        command: the shell command that makes the same report.
+        kwargs: keyword arguments of the call.
+
+    Raises:
+        EffError: unknown options or targets; EFF-G310 where the model cannot be copied onto the meta device.
+        ContractError: EFF-P502 with the missed sites.
+    """
+    asked = Options.parse({**(options or {}), **({"target": target} if target is not None else {})})
+    check_doors(asked)
+    chosen = target_of(asked, "cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
+    skeleton = strip(model) if isinstance(model, nn.Module) and not real else Skeleton(model)
+    observation = observe(skeleton, _inputs(skeleton.model, inputs, kwargs, real), dynamic=dynamic)
+    traced = time.perf_counter()
+    explanation = describe(observation, skeleton.model, chosen, replace(asked, require=()))
+    clock = (("trace", traced - began), ("decide", time.perf_counter() - traced))
+    found = replace(
+        explanation,
+        model=name or type(model).__name__,
+        inputs=tuple(_spelled(value) for value in (*inputs, *kwargs.values())),
+        weights="real" if real or not isinstance(model, nn.Module) else "meta",
+        seconds=(*clock, *explanation.seconds),
+        command=command,
+    )
+    found.keep_contract(asked.require)
+    return found
+
+
+def _inputs(
+    model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any], real: bool
+) -> Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]:
+    """Return a maker of fresh arguments: a KV cache among them is written to by every run."""
+    import copy
+
+    if isinstance(model, nn.Module) and not real:
+        return lambda: strip_inputs((tuple(inputs), dict(kwargs)))  # type: ignore[no-any-return]
+    return lambda: copy.deepcopy((tuple(inputs), dict(kwargs)))
+
+
+def describe(observation: Observation, model: Any, target: Target, options: Options) -> Explanation:
+    """Decide every observed graph for a target and account for every module that looks like attention."""
+    price = _Pricer.of(target)
+    graphs: list[GraphRow] = []
+    sites: list[SiteRow] = []
+    missed: list[MissedRow] = []
+    totals: dict[str, float] = {}
+    for number, graph in enumerate(observation.graphs):
+        row, compiled = _decide(graph, target, options)
+        graphs.append(row)
+        for stage, seconds in row.seconds:
+            totals[stage] = totals.get(stage, 0.0) + seconds
+        if compiled is not None:
+            sites.extend(_rows(compiled, graph, number, price))
+            missed.extend(MissedRow(_path(graph.owner, m.site.id), number, m) for m in compiled.missed)
+    breaks = _named_breaks(observation, model)
+    reached = _reached(observation, [row.id for row in (*sites, *missed)], sites)
+    stop = observation.stop
+    return Explanation(
+        model="",
+        target=str(target),
+        device=target.device,
+        inputs=(),
+        weights="",
+        graphs=tuple(graphs),
+        sites=tuple(sites),
+        missed=tuple(missed),
+        breaks=breaks,
+        unseen=_unseen(model, observation, breaks, reached),
+        seconds=tuple(totals.items()),
+        machine=machine(target),
+        stop=f"{stop.reason} at {stop.source or '?'}{' in ' + stop.module if stop.module else ''}" if stop else "",
+    )
+
+
+def on_target(graph: SeenGraph, target: Target) -> SeenGraph:
+    """Return the graph as the target's own device would have captured it (a dry run captures on meta)."""
+    if graph.program is None or graph.program.device != "meta":
+        return graph
+    device = "cpu" if target.device.kind == "cpu" else "cuda"
+    return replace(graph, program=replace(graph.program, device=device))
+
+
+def _decide(graph: SeenGraph, target: Target, options: Options) -> tuple[GraphRow, Compiled | None]:
+    empty = GraphRow(graph.owner, len(graph.owners), graph.nodes, None, graph.refusal)
+    program = on_target(graph, target).program
+    if program is None:
+        return empty, None
+    try:
+        compiled = compile_program(program, target, options, Dump(None))
+    except EffError as error:
+        if error.exit_code != 4:
+            raise
+        return replace(empty, refusal=error), None
+    except Exception as error:  # what the backend answers with a fallback and a warning
+        return replace(empty, refusal=EffError("EFF-X999", f"{type(error).__name__}: {error}", hint="eff repro MODEL")), None
+    products = sum(pricing.products(entry, target.device) for entry in program.entries)
+    row = replace(empty, plan=compiled.plan, seconds=compiled.seconds, passes=_passes(compiled, options), products=products)
+    return row, compiled
+
+
+def _passes(compiled: Compiled, options: Options) -> tuple[PassRow, ...]:
+    refused = {d.policy: str(d.refusal) for d in compiled.plan.declined if d.family == "pass"}
+    rows = []
+    for item in all_passes(options):
+        notes = [n.removeprefix(f"{item.name}: ") for n in compiled.plan.notes if n.startswith(f"{item.name}: ")]
+        state = "rewrote" if item.name in compiled.ran else "no change"
+        if item.name in options.disable:
+            state = "disabled"
+        elif item.name in refused:
+            state = "refused"
+            notes.insert(0, refused[item.name])
+        rows.append(PassRow(item.name, item.phase, state, "; ".join(notes)))
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class _Pricer:
+    floor: Callable[[AttentionSite], Any]
+    pays: Callable[[AttentionSite], Any]
+
+    @classmethod
+    def of(cls, target: Target) -> _Pricer:
+        kernels = all_kernels()
+        return cls(
+            pricing.once(lambda site: pricing.floor(site, target.device, estimate.density(site))),
+            pricing.once(lambda site: pricing.crossovers(site, kernels, target)),
+        )
+
+
+def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> list[SiteRow]:
+    rows = []
+    for site in compiled.sites:
+        choice = compiled.plan.of(site.id, "attention-kernel")
+        assert choice is not None, f"no kernel was chosen for {site.id}"
+        declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
+        rows.append(
+            SiteRow(
+                id=_path(graph.owner, site.id),
+                graph=number,
+                instances=max(1, len(graph.owners)),
+                site=site,
+                kernel=choice.policy,
+                reason=choice.reason,
+                seconds=choice.seconds or 0.0,
+                tag=choice.tag,
+                floor=price.floor(site),
+                declined=declined,
+                pays=price.pays(site),
+            )
+        )
+    return rows
+
+
+def _path(owner: str, local: str) -> str:
+    if not owner or local == owner or local.startswith(owner + "."):
+        return local
+    # A frame that holds the attention itself has no module of its own left in its names.
+    return owner if local == "graph" or local.startswith("graph.") else f"{owner}.{local}"
+
+
+def _reached(observation: Observation, places: Sequence[str], sites: Sequence[SiteRow]) -> frozenset[str]:
+    """Return the places of all sites, those of the other modules that run the same graph included."""
+    found = set(places)
+    for row in sites:
+        graph = observation.graphs[row.graph]
+        for owner in graph.owners[1:]:
+            found.add(owner + row.id.removeprefix(graph.owner) if graph.owner else row.id)
+    return frozenset(found)
+
+
+def _named_breaks(observation: Observation, model: Any) -> tuple[Break, ...]:
+    """Return the breaks with the module whose code left the graph."""
+    found: dict[tuple[str, str], Break] = {}
+    for graph in observation.graphs:
+        for item in graph.breaks:
+            paths = [path for path in holders(model, item.source) if path.startswith(graph.owner)]
+            found.setdefault((item.source, item.reason), replace(item, module=paths[0] if paths else graph.owner))
+    return tuple(found.values())
+
+
+def _unseen(
+    model: Any, observation: Observation, breaks: Sequence[Break], reached: frozenset[str]
+) -> tuple[Unseen, ...]:
+    rows = []
+    for path, module in attention_modules(model):
+        inside = path + "." if path else ""
+        if any(place == path or place.startswith(inside) or path.startswith(place + ".") for place in reached):
+            continue
+        kind = type(module).__name__
+        if path not in observation.called:
+            stop = observation.stop
+            reason = "the run stopped before it" if stop else "not called with these inputs"
+            rows.append(Unseen(path, kind, reason, stop.source if stop else "", called=stop is not None))
+            continue
+        near = [b for b in breaks if b.module and (path.startswith(b.module) or b.module.startswith(path))]
+        if near or breaks:
+            item = (near or list(breaks))[0]
+            reason = f"EFF-G301 runs outside the graphs, behind the break at {item.source or '?'}: {item.reason}"
+            rows.append(Unseen(path, kind, reason, item.source))
+        elif any(graph.refusal for graph in observation.graphs):
+            refusal = next(graph.refusal for graph in observation.graphs if graph.refusal)
+            rows.append(Unseen(path, kind, f"its graph was not captured: {refusal}"))
+        else:
+            rows.append(Unseen(path, kind, "EFF-A199 it ran, but nothing in its graph has the form of attention"))
+    return tuple(rows)
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return type(value).__name__ if not isinstance(value, int | float | str | bool | None) else repr(value)
+
+
+def machine(target: Target) -> tuple[tuple[str, str], ...]:
+    """Return what a reader needs to see the same again: versions, platform, and whether the target is here."""
+    from effcompile import __version__
+
+    facts = {"effcompile": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    for module in ("transformers", "diffusers"):
+        if module in sys.modules:
+            facts[module] = str(getattr(sys.modules[module], "__version__", "?"))
+    facts["platform"] = f"{platform.system()} {platform.machine()}"
+    facts["target present"] = "yes" if target.device.kind == "cpu" or torch.cuda.is_available() else "no, modelled"
+    return tuple(facts.items())

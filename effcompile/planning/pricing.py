@@ -1,0 +1,185 @@
+"""Price sites and matrix products on a device, and find the lengths from which one kernel beats another.
+
+The floor of a site is the roofline of a one-pass kernel that visits only what the mask keeps: no kernel can be faster on that
+device. Crossovers ask the kernels themselves at every length, so that they are the lengths at which the planner changes its mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.core.errors import EffError
+from effcompile.core.kernel import AttentionKernel, Supported
+from effcompile.core.program import Entry
+from effcompile.core.site import AttentionSite
+from effcompile.core.target import Device, Target
+from effcompile.cost.crossover import Crossover, measured_crossover
+from effcompile.cost.roofline import bottleneck, time
+from effcompile.cost.symbolic import AttentionShape, attention, gemm
+
+NOMINAL = 1024  # what a symbolic size is priced at
+_LENGTHS = tuple(2**power for power in range(6, 18))  # 64 to 131,072 tokens
+# What runs a site the way its source spells it, cheapest change first: the side that another kernel has to beat.
+_AS_WRITTEN = ("dense", "sdpa", "math")
+_PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Hold the roofline time of a site (seconds) and the term that decides it: compute, exp, memory or l2."""
+
+    seconds: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Pays:
+    """Say from which length `kernel` beats `against`."""
+
+    kernel: str
+    against: str
+    where: Crossover
+
+    @property
+    def decides(self) -> bool:
+        """Tell whether the length matters: a kernel that always or never pays has no crossover."""
+        return self.where.direction not in ("always", "never")
+
+    def __str__(self) -> str:
+        return f"{self.where.text(self.kernel)} against {self.against}"
+
+
+def extent(value: int | str) -> int:
+    """Return a size, or the nominal one for a symbolic size."""
+    return value if isinstance(value, int) else NOMINAL
+
+
+def floor(site: AttentionSite, device: Device, visited: float) -> Floor:
+    """Return the roofline of the site where `visited` is the share of blocks that the mask leaves."""
+    shape = AttentionShape(
+        B=extent(site.batch),
+        Hq=extent(site.heads),
+        Hkv=extent(site.kv_heads),
+        Nq=extent(site.q_len),
+        Nk=extent(site.kv_len),
+        D=site.head_dim,
+        Dv=site.value_dim,
+    )
+    dtype = site.dtype if device.supports(site.dtype) else "float32"
+    width = 2 if site.dtype in ("bfloat16", "float16") else 8 if site.dtype == "float64" else 4
+    cost = attention(shape, "flash", element_bytes=width, block_density=visited)
+    return Floor(float(time(cost, device, dtype)), bottleneck(cost, device, dtype))
+
+
+def crossovers(site: AttentionSite, kernels: Sequence[AttentionKernel], target: Target) -> tuple[Pays, ...]:
+    """Return, for every kernel but the one that runs the source as it is written, where it is faster than that one.
+
+    Both lengths grow together in self-attention, the keys alone where there is one query or another source of keys.
+    """
+    able = {kernel.name: kernel for kernel in kernels if isinstance(kernel.supports(site, target), Supported)}
+    against = next((name for name in _AS_WRITTEN if name in able), None)
+    if against is None:
+        return ()
+    found = []
+    base = _times(able[against], site, target)
+    for name in sorted(able.keys() - {against}):
+        other = _times(able[name], site, target)
+        lengths = [length for length in _LENGTHS if length in base and length in other]
+        if len(lengths) < 2:
+            continue
+        where = measured_crossover(lengths, [base[n].seconds for n in lengths], [other[n].seconds for n in lengths])
+        tags = {base[n].tag for n in lengths} | {other[n].tag for n in lengths}
+        found.append(Pays(name, against, replace(where, tag="measured" if tags == {"measured"} else "modelled")))
+    return tuple(found)
+
+
+def _times(kernel: AttentionKernel, site: AttentionSite, target: Target) -> dict[int, Supported]:
+    answers = {length: kernel.supports(_at(site, length), target) for length in _LENGTHS}
+    return {length: answer for length, answer in answers.items() if isinstance(answer, Supported)}
+
+
+def _at(site: AttentionSite, length: int) -> AttentionSite:
+    if site.q_len == site.kv_len:
+        return replace(site, q_len=length, kv_len=length)
+    return replace(site, kv_len=length)
+
+
+def products(entry: Entry, device: Device) -> float:
+    """Return the roofline time of all products with a weight in a captured graph (seconds, modelled).
+
+    Products of two activations are attention's, which its sites price.
+    """
+    weights = {item.node for item in entry.inputs if item.kind in ("parameter", "packed")}
+    nodes = entry.graph.graph.nodes
+    return sum(_product(node, device) for node in nodes if _name(node) in _PRODUCTS and _has_weight(node, weights))
+
+
+def _name(node: fx.Node) -> str:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return ""
+    return str(node.target.overloadpacket.__name__)
+
+
+def _has_weight(node: fx.Node, weights: set[str]) -> bool:
+    return any(_origin(arg).name in weights for arg in node.args if isinstance(arg, fx.Node))
+
+
+_LOOKS = ("t", "transpose", "permute", "view", "reshape", "expand", "select", "slice", "to", "unsqueeze", "squeeze")
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Follow views and casts back to the value that they look at."""
+    while _name(node) in _LOOKS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _product(node: fx.Node, device: Device) -> float:
+    """Price `[..., m, k] @ [k, n]` from the recorded shapes; batched products run as one call."""
+    values = [arg.meta.get("val") for arg in node.args if isinstance(arg, fx.Node)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    out = node.meta.get("val")
+    left = tensors[1] if _name(node) in ("addmm", "baddbmm") and len(tensors) > 1 else tensors[0] if tensors else None
+    if left is None or not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point or not out.dim():
+        return 0.0
+    depth, columns = _number(left.shape[-1]), _number(out.shape[-1])
+    rows = _volume(out.shape) // max(columns, 1)
+    dtype = str(out.dtype).removeprefix("torch.")
+    try:
+        return float(time(gemm(rows, columns, depth, element_bytes=out.element_size()), device, dtype))
+    except EffError:  # no units for this dtype: the chip computes it in float32
+        return float(time(gemm(rows, columns, depth, element_bytes=out.element_size()), device, "float32"))
+
+
+def _number(size: Any) -> int:
+    return size if isinstance(size, int) else NOMINAL
+
+
+def _volume(shape: Iterable[Any]) -> int:
+    total = 1
+    for size in shape:
+        total *= _number(size)
+    return total
+
+
+def shared(site: AttentionSite) -> AttentionSite:
+    """Return the site without what does not change its price, so that equal layers are priced once."""
+    return replace(site, id="", source="", entry="")
+
+
+def once(compute: Callable[[AttentionSite], Any]) -> Callable[[AttentionSite], Any]:
+    """Remember what `compute` gave for equal layers."""
+    known: dict[AttentionSite, Any] = {}
+
+    def cached(site: AttentionSite) -> Any:
+        key = shared(site)
+        if key not in known:
+            known[key] = compute(key)
+        return known[key]
+
+    return cached
