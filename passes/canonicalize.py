@@ -33,7 +33,7 @@ class RemoveIdentities(Pass):
         removed = 0
         for entry in program.entries:
             edit = Editor(copy_graph(entry.graph))
-            removed += _drop_constant_detach(edit.graph)
+            removed += _drop_constant_detach(edit.graph) + _drop_metadata_assertions(edit.graph)
             written = _written_roots(edit.graph)
             for node in list(edit.graph.nodes):
                 source = identity_of(node)
@@ -52,6 +52,14 @@ def _drop_constant_detach(graph: fx.Graph) -> int:
     found = [node for node in found if op_name(node.args[0]) in ("lift_fresh_copy", "lift_fresh", "empty", "clone")]
     for node in found:
         node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return len(found)
+
+
+def _drop_metadata_assertions(graph: fx.Graph) -> int:
+    """Remove the exporter's checks that a value has the dtype its own node records; they count as readers otherwise."""
+    found = [node for node in graph.nodes if op_name(node) == "_assert_tensor_metadata" and not node.users]
+    for node in found:
         graph.erase_node(node)
     return len(found)
 

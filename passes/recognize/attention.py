@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from effcompile.core.expr import BATCH, BOOL, FLOAT, HEAD, KEY, QUERY, TRUE, Expr, apply, axis, const
+from effcompile.core.expr import BATCH, BOOL, FLOAT, HEAD, KEY, QUERY, Expr, apply, axis, const, walk
 from effcompile.core.expr_eval import to_json
-from effcompile.core.mask import CAUSAL, AnyMask, EmptyRow, Mask, Opaque
+from effcompile.core.mask import CAUSAL, EmptyRow, Mask, Opaque
 from effcompile.core.program import Entry, Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import AttentionSite, Missed, Refusal, Site
+from effcompile.passes.recognize.aliases import Aliases
 from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable
 from effcompile.passes.recognize.mask import ReadMask, split
-from effcompile.passes.recognize.match import Match, NoMatch, Term
+from effcompile.passes.recognize.match import Match, NoMatch, Term, same_size
 from effcompile.passes.recognize.sdpa import match_sdpa
 from effcompile.passes.recognize.softmax_chain import match_chain
 
@@ -46,6 +47,8 @@ def recognize_attention(program: Program, name_of: Naming) -> Recognized:
         raiser = _Raiser(entry, edit, name_of)
         for node in list(edit.graph.nodes):
             found = match_sdpa(node) or match_chain(node)
+            if isinstance(found, Match) and (refusal := raiser.moved(found)) is not None:
+                found = match_sdpa(node, grouped=False) or NoMatch(node, found.idiom, refusal)
             if isinstance(found, Match):
                 sites.append(raiser.raise_match(found))
             elif isinstance(found, NoMatch):
@@ -59,19 +62,40 @@ class _Raiser:
     def __init__(self, entry: Entry, edit: Editor, name_of: Naming) -> None:
         self.entry, self.edit, self.name_of = entry, edit, name_of
         self.pinned: list[str] = []
-        self._counts: dict[str, int] = {}
+        self._names: set[str] = set()
         self._masks: dict[Any, ReadMask] = {}
         self._rules = rules()
         values = {item.node: item.value for item in entry.inputs if item.kind == "buffer"}
         self._buffers = lambda node: values.get(node.name) if node.op == "placeholder" else None
-        self._reader = Reader(edit.graph, self._rules, self._buffers)
+        self._aliases = Aliases(edit.graph)
+
+    def moved(self, match: Match) -> Refusal | None:
+        """Say why the attention cannot be computed in one piece, at the place of its last step."""
+        seen = self._aliases
+        if any(
+            node not in seen.order for node in (match.anchor, *match.path, *(n for pair in match.reads for n in pair))
+        ):
+            seen = self._aliases = Aliases(self.edit.graph)
+        end = seen.order[match.anchor]
+        begin = min((seen.order[node] for node in match.path), default=end)
+        reads = [(value, seen.order[reader]) for value, reader in match.reads]
+        for value, at in reads + [(step, begin) for step in match.path]:
+            writer = seen.written_between(value, at, end, match.path)
+            if writer is not None:
+                return Refusal("EFF-A107", f"`{writer.name}` writes in place to what the attention reads")
+        if (fence := seen.fence_between(begin, end)) is not None:
+            return Refusal("EFF-A107", f"`{fence.name}` changes gradients or autocast within the attention")
+        return None
 
     def plain_site(self, node: fx.Node, idiom: str) -> Site:
         path, source = self.name_of(node)
-        number = self._counts.get(path, 0)
-        self._counts[path] = number + 1
-        name = path or "graph"
-        return Site(f"{name}.{number}" if number or not path else name, "attention", self.entry.name, source, idiom)
+        name, number = path or "graph", 0
+        found = name if path else f"{name}.0"
+        while found in self._names:
+            number += 1
+            found = f"{name}.{number}"
+        self._names.add(found)
+        return Site(found, "attention", self.entry.name, source, idiom)
 
     def raise_match(self, match: Match) -> AttentionSite:
         plain = self.plain_site(match.anchor, match.idiom)
@@ -150,44 +174,57 @@ class _Raiser:
             return ReadMask(CAUSAL)
         if not match.terms:
             return ReadMask(Mask())
-        sdpa = match.idiom.startswith("sdpa")
-        rule: EmptyRow = "zero" if sdpa else "nan"
-        dtype = torch.float32 if match.terms[-1].kind == "add" else BOOL
-        dtype = match.terms[0].node.meta["val"].dtype if match.terms[0].kind == "add" else dtype
-        key = (match.terms, str(q_len), str(k_len), rule, match.rank3)
+        rule: EmptyRow = "zero" if match.idiom.startswith("sdpa") else "nan"
+        states = tuple(self._aliases.last_write(term.node, self._place(term, match)) for term in match.terms)
+        key = (match.terms, states, str(q_len), str(k_len), rule, str(match.rank3))
         if key not in self._masks:
             self._masks[key] = self._combine(match, q_len, k_len, rule)
         return self._masks[key]
 
+    def _place(self, term: Term, match: Match) -> int:
+        """Return where the source reads a mask: what is written in place later is not seen."""
+        return self._aliases.order[term.reader or match.anchor]
+
     def _combine(self, match: Match, q_len: Any, k_len: Any, rule: EmptyRow) -> ReadMask:
-        # Sites are raised front to back in one graph: positions come from the nodes that exist before raising.
-        reader = replace(self._reader, loads=[], sizes=[], pinned=[])
-        reader.order = {node: number for number, node in enumerate(self.edit.graph.nodes)}
-        at = reader.order[match.anchor]
+        reader = Reader(self.edit.graph, self._rules, self._buffers)
         try:
             value: Expr | None = None
             for term in match.terms:
+                at = reader.order[term.reader or match.anchor]
                 value = _apply_term(value, term, self._term(reader, term, match, at))
             assert value is not None
+            added = any(term.kind == "add" for term in match.terms)
             scores = match.anchor.meta["val"].dtype
-            mask = split(value, reader.number(q_len), reader.number(k_len), rule, scores)
+            mask = split(value, reader.number(q_len), reader.number(k_len), rule, scores, added)
+            if mask.bias is not None and mask.empty_row == "never" and self._may_be_infinite(reader, mask.bias):
+                mask = replace(mask, empty_row=rule)
         except Unreadable as refusal:
             return ReadMask(Opaque(str(refusal), str(match.terms[-1].node.meta["val"].dtype).removeprefix("torch.")))
         return ReadMask(mask, tuple(reader.loads), tuple(reader.sizes), tuple(reader.pinned))
+
+    def _may_be_infinite(self, reader: Reader, bias: Expr) -> bool:
+        """Tell whether an addend reads floating-point data, which may hold -inf for a whole row; weights do not."""
+        slots = {int(node.value or 0) for node in walk(bias) if node.op == "load" and node.dtype.is_floating_point}
+        inputs = (self.entry.input_of(reader.loads[slot]) for slot in slots)
+        return any(item is None or item.kind != "parameter" for item in inputs)
 
     def _term(self, reader: Reader, term: Term, match: Match, at: int) -> Expr:
         rank = term.node.meta["val"].dim()
         if rank > 4:
             raise Unreadable(f"a mask of rank {rank}")
-        if not term.rank3:
+        if not term.rank3 or rank < 3:
             return reader.element(term.node, tuple(map(axis, (BATCH, HEAD, QUERY, KEY)))[4 - rank :], at)
-        if rank != 3 or match.rank3 is None:
+        if match.rank3 is None:
             raise Unreadable("a mask over joined batch and heads")
         joined = apply("add", apply("mul", axis(BATCH), reader.number(match.rank3[1])), axis(HEAD))
         return reader.element(term.node, (joined, axis(QUERY), axis(KEY)), at)
 
     def _tensor(self, match: Match, shape: Any, keys: Any) -> fx.Node | None:
         """Return the mask as the tensor the model built (bool keeps, float adds); combined where there are several terms."""
+        if match.causal and not same_size(shape[2], keys[2]):
+            aten, edit, device = torch.ops.aten, self.edit, match.anchor.meta["val"].device
+            rows, columns = (edit.call(aten.arange.default, edit.size(n), device=device) for n in (shape[2], keys[2]))
+            return edit.call(aten.le.Tensor, columns, edit.call(aten.unsqueeze.default, rows, 1))
         if not match.terms:
             return None
         if match.idiom.startswith("sdpa"):
@@ -196,8 +233,13 @@ class _Raiser:
         total: fx.Node | None = None
         for term in match.terms:
             node = term.node
-            if term.rank3 and match.rank3 is not None and node.meta["val"].dim() == 3:
-                joined, *rest = node.meta["val"].shape
+            if (
+                term.rank3
+                and match.rank3 is not None
+                and node.meta["val"].dim() == 3
+                and node.meta["val"].shape[0] != 1
+            ):
+                _, *rest = node.meta["val"].shape
                 node = edit.call(aten.reshape.default, node, [*map(edit.size, match.rank3), *map(edit.size, rest)])
             if term.kind == "add":
                 total = node if total is None else edit.call(aten.add.Tensor, total, node)
@@ -206,13 +248,11 @@ class _Raiser:
                 node = edit.call(aten.to.dtype, node, BOOL)
             if term.kind == "keep":
                 node = edit.call(aten.logical_not.default, node)
-            if total is None:
-                zeros = edit.call(aten.zeros_like.default, node, dtype=FLOAT)
-                total = edit.call(aten.masked_fill.Scalar, zeros, node, term.fill)
-            else:
-                zeros = edit.call(aten.zeros_like.default, node, dtype=FLOAT)
-                wide = edit.call(aten.add.Tensor, total, zeros)
-                total = edit.call(aten.masked_fill.Scalar, wide, node, term.fill)
+            # A finite fill replaces the score; the least number added to it does the same.
+            fill = -math.inf if term.fill == -math.inf else torch.finfo(FLOAT).min
+            zeros = edit.call(aten.zeros_like.default, node, dtype=FLOAT)
+            wide = zeros if total is None else edit.call(aten.add.Tensor, total, zeros)
+            total = edit.call(aten.masked_fill.Scalar, wide, node, fill)
         return total
 
 

@@ -253,10 +253,7 @@ def _clamp(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def rules() -> dict[str, Rule]:
     """Return every rule by ATen name; in-place spellings share the rule of the functional one."""
-    table: dict[str, Rule] = {
-        name: _same
-        for name in "alias detach clone contiguous expand expand_as lift_fresh lift_fresh_copy view_as".split()
-    }
+    table: dict[str, Rule] = dict.fromkeys(["alias", "detach", "clone", "contiguous", "expand", "expand_as", "lift_fresh", "lift_fresh_copy", "view_as"], _same)
     table |= {"unsqueeze": _unsqueeze, "squeeze": _squeeze, "transpose": _transpose, "t": _t, "permute": _permute}
     table |= {"slice": _slice, "select": _select, "repeat": _repeat}
     table |= dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape)
@@ -264,7 +261,7 @@ def rules() -> dict[str, Rule]:
     table |= {"new_full": _filled(2, "fill_value"), "scalar_tensor": _filled(0, "s")}
     table |= dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1))
     table |= dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _constant(0))
-    table |= {name: _pointwise(name) for name in "add sub mul minimum maximum le lt ge gt eq ne pow".split()}
+    table |= {name: _pointwise(name) for name in ["add", "sub", "mul", "minimum", "maximum", "le", "lt", "ge", "gt", "eq", "ne", "pow"]}
     table |= {"logical_not": _pointwise("not", 1), "bitwise_not": _pointwise("not", 1)}
     for kind in ("and", "or", "xor"):
         table |= dict.fromkeys((f"logical_{kind}", f"bitwise_{kind}", f"__{kind}__"), _pointwise(kind))

@@ -7,21 +7,20 @@ keeps the key, one that adds a value no score can overcome drops it, anything el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from effcompile.core.expr import BATCH, BOOL, FALSE, HEAD, KEY, QUERY, TRUE, Expr, apply, axes_of, axis, const, invert
-from effcompile.core.mask import AnyMask, EmptyRow, Mask, Opaque, diagonal_kept, settle
-from effcompile.passes.recognize.element_rules import rules
-from effcompile.passes.recognize.elements import Reader, Unreadable
+from effcompile.core.expr import BOOL, FALSE, TRUE, Expr, apply, invert
+from effcompile.core.mask import AnyMask, EmptyRow, Mask, diagonal_kept, settle
+from effcompile.passes.recognize.elements import Unreadable
 
 # A finite fill at or below this cannot be told from -inf in float32 once a kept key is in the row: exp(fill - score) == 0
 # for every score that attention produces. Swin's -100 is above it and stays an addend.
 _FILL_LIMIT = -1e9
+_ABSORBS = -1e30  # score + fill == fill in float32 at or below it, whatever the score
 _LARGEST = 48  # sub-expressions; beyond it a predicate costs more than the tensor
 
 
@@ -35,65 +34,41 @@ class ReadMask:
     pinned: tuple[fx.Node, ...] = ()
 
 
-@dataclass
-class MaskReader:
-    """Read masks of one graph; equal mask nodes are read once."""
+def split(expr: Expr, q_len: Expr, k_len: Expr, empty_row: EmptyRow, dtype: torch.dtype, added: bool = True) -> Mask:
+    """Split a mask element into predicate, addend, fill and empty-row rule; raise `Unreadable` where that is unproved.
 
-    graph: fx.Graph
-    buffers: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
-    _memo: dict[tuple[fx.Node, str, str, str], ReadMask] = field(default_factory=dict)
-    _reader: Reader | None = None
-
-    def read(self, node: fx.Node, at: fx.Node, q_len: Any, k_len: Any, empty_row: EmptyRow) -> ReadMask:
-        """Return the mask that `node` (`[..., Q, K]`, bool keeps, float adds) is for the attention at `at`."""
-        key = (node, str(q_len), str(k_len), empty_row)
-        if key not in self._memo:
-            self._memo[key] = self._read(node, at, q_len, k_len, empty_row)
-        return self._memo[key]
-
-    def _read(self, node: fx.Node, at: fx.Node, q_len: Any, k_len: Any, empty_row: EmptyRow) -> ReadMask:
-        if self._reader is None:
-            self._reader = Reader(self.graph, rules(), self.buffers)
-        reader = Reader(self.graph, self._reader.rules, self.buffers)
-        value = node.meta["val"]
-        name = str(value.dtype).removeprefix("torch.")
-        try:
-            if value.dim() > 4:
-                raise Unreadable(f"a mask of rank {value.dim()}")
-            axes = tuple(axis(number) for number in (BATCH, HEAD, QUERY, KEY))[4 - value.dim() :]
-            expr = reader.element(node, axes, reader.order[at])
-            mask = split(expr, reader.number(q_len), reader.number(k_len), empty_row, value.dtype)
-        except Unreadable as refusal:
-            return ReadMask(Opaque(str(refusal), name))
-        return ReadMask(mask, tuple(reader.loads), tuple(reader.sizes), tuple(reader.pinned))
-
-
-def split(expr: Expr, q_len: Expr, k_len: Expr, empty_row: EmptyRow, dtype: torch.dtype) -> Mask:
-    """Split a mask element into predicate, addend, fill and empty-row rule; raise `Unreadable` where that is unproved."""
+    `dtype` is that of the scores; `added` tells whether a finite fill was added to them (else it replaced them).
+    """
     if count(expr) > _LARGEST:
         raise Unreadable(f"the predicate has {count(expr)} operations")
     if expr.dtype == BOOL:
         return _finish(expr, None, "bool", empty_row, TRUE, q_len, k_len)
     if not expr.dtype.is_floating_point:
         raise Unreadable(f"a mask of dtype {expr.dtype}")
-    keep, soft, bias, fills = FALSE, FALSE, None, []
+    keep, soft, fills, addends, least = FALSE, FALSE, list[str](), list[Expr](), -math.inf
     for cond, leaf in cases(expr):
         if leaf.is_const and leaf.value == 0:
             keep = apply("or", keep, cond)
+            addends.append(leaf)
         elif leaf.is_const and float(leaf.value or 0) == -math.inf:
             fills.append("-inf")
         elif leaf.is_const and float(leaf.value or 0) <= max(_FILL_LIMIT, _least(dtype)):
             soft = apply("or", soft, cond)
+            least = max(least, float(leaf.value or 0))
             fills.append("min" if leaf.value == _least(dtype) else repr(leaf.value))
-        elif bias is None or bias == leaf:
-            bias = leaf
-            keep = apply("or", keep, cond)
         else:
-            raise Unreadable("a float mask with several addends")
-    if bias is not None and keep != TRUE and any(leaf.is_const and leaf.value == 0 for _, leaf in cases(expr)):
-        raise Unreadable("a float mask that adds a score to some kept keys only")
+            keep = apply("or", keep, cond)
+            addends.append(leaf)
+    # Where kept keys get different addends, the whole element is the addend: what it adds to dropped keys does not matter.
+    bias = None if all(leaf.is_const and leaf.value == 0 for leaf in addends) else expr
+    if bias is not None and all(leaf == addends[0] for leaf in addends):
+        bias = addends[0]
     rule: EmptyRow = "uniform" if soft != FALSE else empty_row
-    return _finish(keep, bias, "+".join(sorted(set(fills))) or "none", rule, _softened(soft, keep), q_len, k_len)
+    fill = "+".join(sorted(set(fills))) or "none"
+    mask = _finish(keep, bias, fill, rule, _softened(soft, keep), q_len, k_len)
+    if mask.empty_row == "uniform" and added and least > _ABSORBS:
+        raise Unreadable(f"{least:g} is added to whole rows, where scores still show through it")
+    return mask
 
 
 def _softened(soft: Expr, keep: Expr) -> Expr:
@@ -148,8 +123,3 @@ def count(expr: Expr) -> int:
     from effcompile.core.expr import walk
 
     return sum(1 for _ in walk(expr))
-
-
-def reads_rows(expr: Expr) -> bool:
-    """Tell whether the expression depends on the query index."""
-    return QUERY in axes_of(expr) or const(0) == expr

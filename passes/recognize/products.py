@@ -10,7 +10,7 @@ from torch import fx
 
 from effcompile.core.rewrite import Editor
 from effcompile.passes.recognize.elements import op_name
-from effcompile.passes.recognize.match import Operand
+from effcompile.passes.recognize.match import Operand, same_size
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ def _einsum(node: fx.Node) -> Product | None:
     left, right = operands  # type: ignore[misc]
     if not len(a) == len(b) == len(out) == 4 or _rank(left) != 4 or _rank(right) != 4:
         return None
+    sizes = dict(zip(a, left.meta["val"].shape))
+    if not all(same_size(sizes.get(c, n), n) for c, n in zip(b, right.meta["val"].shape)) or len({*a}) + len({*b}) != 8:
+        return None  # it broadcasts, or takes a diagonal
     contracted = [c for c in a if c in b and c not in out]
     batch = [c for c in out if c in a and c in b]
     rows, columns = [c for c in out if c in a and c not in b], [c for c in out if c in b and c not in a]

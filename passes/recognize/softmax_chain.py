@@ -8,6 +8,7 @@ Understood products: matmul, bmm, baddbmm, einsum. Softcap (Gemma 2) and sink lo
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ from effcompile.passes.recognize.products import Product, product_of
 from effcompile.passes.recognize.sdpa import unrepeated
 
 _VIEWS = ("view", "reshape", "_unsafe_view")
-_SAME = ("to", "_to_copy", "contiguous", "clone", "alias", "detach")
+_SAME = ("to", "_to_copy", "contiguous", "clone", "alias")  # not detach: gradients would flow where they do not
+_DROPPED = -1e9  # exp(x - max) is 0 in float32 for a score at or below it, whatever attention's scores are
 
 
 class _Stop(Exception):
@@ -36,12 +38,14 @@ class _Walk:
     scale: float = 1.0
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    sinks_reader: fx.Node | None = None
     capped: bool = False
+    path: list[fx.Node] = field(default_factory=list)
 
 
 def match_chain(node: fx.Node) -> Match | NoMatch | None:
     """Return the attention whose softmax is `node`; None where no product of two activations feeds it."""
-    if op_name(node) not in ("softmax", "_softmax", "_safe_softmax") or not isinstance(node.args[0], fx.Node):
+    if op_name(node) not in ("softmax", "_softmax") or not isinstance(node.args[0], fx.Node):
         return None
     value = node.meta["val"]
     if node.args[1] not in (-1, value.dim() - 1) or value.dim() not in (3, 4):
@@ -52,7 +56,8 @@ def match_chain(node: fx.Node) -> Match | NoMatch | None:
     try:
         walk = _Walk()
         product = _back(node.args[0], walk)
-        anchor, values = _forward(node, walk.sinks is not None)
+        walk.path.append(node)
+        anchor, values = _forward(node, walk)
         return _assemble(node, product, anchor, values, walk)
     except _Stop as stop:
         return NoMatch(anchor, "softmax-chain", stop.refusal)
@@ -70,7 +75,7 @@ def _reaches_product(node: fx.Node, depth: int = 14) -> bool:
     return any(_reaches_product(arg, depth - 1) for arg in operands if isinstance(arg, fx.Node))  # type: ignore[union-attr]
 
 
-_WALKED = frozenset("add sub mul div masked_fill where tanh cat maximum add_ mul_ div_ masked_fill_".split()) | {
+_WALKED = frozenset(["add", "sub", "mul", "div", "masked_fill", "where", "tanh", "cat", "maximum", "add_", "mul_", "div_", "masked_fill_"]) | {
     *_VIEWS,
     *_SAME,
 }
@@ -84,11 +89,12 @@ def _number(value: Any) -> float | None:
 
 def _back(node: fx.Node, walk: _Walk) -> Product:
     """Collect the steps above `node` (latest first) and return the product they start from."""
+    walk.path.append(node)
     found = product_of(node)
     if found is not None:
         if found.addend is not None:
-            walk.terms.append(Term("add", found.addend, rank3=node.meta["val"].dim() == 3))
-            if walk.scale != 1.0:
+            walk.terms.append(Term("add", found.addend, rank3=node.meta["val"].dim() == 3, reader=node))
+            if walk.scale != 1.0 or walk.capped:
                 raise _Stop("EFF-A104", "the scores are scaled after a bias was added")
         walk.scale *= found.alpha
         return found
@@ -97,6 +103,8 @@ def _back(node: fx.Node, walk: _Walk) -> Product:
     name = op_name(node).removesuffix("_")
     args = node.args
     rank3 = node.meta["val"].dim() == 3
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
+        raise _Stop("EFF-A106", f"`{name}` between the scores and the softmax is not plain")
     if name in _SAME or name in _VIEWS:
         source = args[0]
         assert isinstance(source, fx.Node)
@@ -114,8 +122,10 @@ def _back(node: fx.Node, walk: _Walk) -> Product:
         if walk.scale != 1.0 or walk.capped:
             raise _Stop("EFF-A104", "the scores are scaled or capped after a bias was added")
         if not isinstance(other, fx.Node):
+            if walk.sinks is not None or not math.isfinite(_number(other) or 0.0):
+                raise _Stop("EFF-A106", "a constant is added to the scores")
             return _back(path, walk)  # softmax ignores a constant
-        walk.terms.append(Term("add", other, rank3=rank3))
+        walk.terms.append(Term("add", other, rank3=rank3, reader=node))
         return _back(path, walk)
     if name == "masked_fill":
         return _back_filled(node, "fill", args[1], args[2], args[0], walk, rank3)
@@ -178,7 +188,7 @@ def _constant(value: Any) -> float | None:
 def _softcap(node: fx.Node, cap: float) -> fx.Node | None:
     """Return x where `node` is x / cap."""
     name, args = op_name(node), node.args
-    if name == "div" and _number(args[1]) == cap or name == "mul" and _number(args[1]) == 1.0 / cap:
+    if (name == "div" and _number(args[1]) == cap) or (name == "mul" and _number(args[1]) == 1.0 / cap):
         return args[0] if isinstance(args[0], fx.Node) else None
     return None
 
@@ -189,9 +199,11 @@ def _back_filled(node: fx.Node, kind: Any, cond: Any, fill: Any, path: Any, walk
         number = _constant(fill)
     if number is None or not isinstance(cond, fx.Node) or not isinstance(path, fx.Node):
         raise _Stop("EFF-A106", "the scores are filled from a tensor")
-    if walk.capped or (walk.scale != 1.0 and (walk.scale < 0 or (math.isfinite(number) and number > -1e9))):
+    if walk.capped or walk.scale <= 0:
         raise _Stop("EFF-A104", "the scores are scaled or capped after they were masked")
-    walk.terms.append(Term(kind, cond, number * walk.scale, rank3))
+    if not number * walk.scale <= max(_DROPPED, torch.finfo(node.meta["val"].dtype).min):
+        raise _Stop("EFF-A106", f"masked scores become {number * walk.scale:g}, which others may not outweigh")
+    walk.terms.append(Term(kind, cond, number * walk.scale, rank3, node))
     return _back(path, walk)
 
 
@@ -211,27 +223,26 @@ def _back_sinks(node: fx.Node, name: str, walk: _Walk) -> Product:
         sinks = sinks.args[0]  # type: ignore[assignment]
     if not isinstance(sinks, fx.Node) or sinks.meta["val"].dim() != 1 or not isinstance(scores, fx.Node):
         raise _Stop("EFF-A106", "the scores are concatenated with something else")
-    walk.sinks = sinks
+    walk.sinks, walk.sinks_reader = sinks, node
     return _back(scores, walk)
 
 
 def _is_max_of(node: fx.Node, source: Any) -> bool:
-    if op_name(node) == "amax" and node.args[0] is source:
-        return True
-    return (
-        node.target.__name__ == "getitem" and _is_max_of_pair(node.args[0], source) if callable(node.target) else False
-    )
-
-
-def _is_max_of_pair(node: Any, source: Any) -> bool:
-    return isinstance(node, fx.Node) and op_name(node) == "max" and node.args[0] is source
+    """Tell whether `node` is the maximum of every row of `source`, kept as a column."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[1] == 0:
+        node = node.args[0]
+    if op_name(node) not in ("amax", "max") or node.args[0] is not source or len(node.args) != 3:
+        return False
+    last = source.meta["val"].dim() - 1
+    return node.args[1] in (-1, [-1], last, [last]) and node.args[2] is True
 
 
 # --- from the softmax on to the values ----------------------------------------------------------------------------------
 
 
-def _forward(node: fx.Node, sinks: bool) -> tuple[fx.Node, Product]:
+def _forward(node: fx.Node, walk: _Walk) -> tuple[fx.Node, Product]:
     """Follow the probabilities to the second product; any other reader is a refusal."""
+    sinks = walk.sinks is not None
     sliced = not sinks
     current = node
     while True:
@@ -250,8 +261,9 @@ def _forward(node: fx.Node, sinks: bool) -> tuple[fx.Node, Product]:
                 raise _Stop("EFF-A102", f"dropout {user.args[1]} is active", "call model.eval()")
         elif name == "slice" and sinks and user.args[1] in (-1, 3) and user.args[2] == 0 and user.args[3] == -1:
             sliced = True
-        elif not (name in _SAME or (name in _VIEWS and _only_heads(current, user)) or name == "expand"):
+        elif not (name in _SAME or (name in _VIEWS and _only_heads(current, user))):
             raise _Stop("EFF-A101", f"the attention probabilities go through `{name or user.name}`")
+        walk.path.append(user)
         current = user
 
 
@@ -261,15 +273,23 @@ def _assemble(node: fx.Node, product: Product, anchor: fx.Node, values: Product,
     scores = node.meta["val"].shape
     rank3: tuple[object, object] | None = None
     if anchor.meta["val"].dim() == 3:
-        four = next((n for n in _score_nodes(node) if n.meta["val"].dim() == 4), None)
+        four = next((n for n in walk.path if n.meta["val"].dim() == 4), None)
         shape = four.meta["val"].shape if four is not None else scores
         rank3 = (shape[0], shape[1]) if len(shape) == 4 else (shape[0], 1)
     elif len(scores) != 4:
         raise _Stop("EFF-A105", "the scores have rank 3 and the result has not")
     lead = rank3 or (scores[0], scores[1])
+    _check_shapes(product, values, walk, lead)
     q, k, v = (_four(p, lead) for p in (product.q, product.k, values.v))
-    if rank3 is None and product.four and values.four:
-        k, v = _grouped(product, values, k, v)
+    reads = [(product.left, product.node), (product.right, product.node)]
+    reads += [(term.node, term.reader) for term in walk.terms if term.reader is not None]
+    if walk.sinks is not None and walk.sinks_reader is not None:
+        reads.append((walk.sinks, walk.sinks_reader))
+    bases = _grouped(product, values) if rank3 is None and product.four and values.four else None
+    if bases is not None:
+        base_k, base_v = bases
+        k, v = (lambda edit: base_k), (lambda edit: base_v)
+        reads += [(base_k, product.k_node), (base_v, values.v_node)]  # type: ignore[list-item]
     return Match(
         idiom=f"{product.name}-softmax-{values.name}",
         anchor=anchor,
@@ -282,31 +302,39 @@ def _assemble(node: fx.Node, product: Product, anchor: fx.Node, values: Product,
         sinks=walk.sinks,
         rank3=rank3,
         out_dims=values.out_dims,
+        reads=tuple(reads),
+        path=(*walk.path, anchor),
     )
 
 
-def _grouped(product: Product, values: Product, k: Operand, v: Operand) -> tuple[Operand, Operand]:
-    """Drop `repeat_kv` copies of keys and values together."""
+def _check_shapes(product: Product, values: Product, walk: _Walk, lead: tuple[Any, Any]) -> None:
+    """Refuse products that broadcast, and scores that change their batch and heads on the way."""
+    for step in walk.path:
+        shape = step.meta["val"].shape
+        right = len(shape) == 4 and same_size(shape[0], lead[0]) and same_size(shape[1], lead[1])
+        if not right and not (len(shape) == 3 and same_size(shape[0], lead[0] * lead[1])):
+            raise _Stop("EFF-A105", "the scores change shape in an unknown way")
+    for term in walk.terms:
+        shape = term.node.meta["val"].shape
+        if term.rank3 and len(shape) == 3 and values.four and not same_size(shape[0], 1):
+            raise _Stop("EFF-A105", "a mask over joined batch and heads")
+    for found in (product, values):
+        a, b = found.left.meta["val"].shape, found.right.meta["val"].shape
+        if found.name == "einsum" or all(map(same_size, a[:-2], b[:-2])):
+            continue
+        shared = len(a) == 4 and same_size(a[0], b[0]) and same_size(b[1], 1)  # one key/value head for all
+        if not shared or not same_size(product.right.meta["val"].shape[1], values.right.meta["val"].shape[1]):
+            raise _Stop("EFF-A105", "the products broadcast their operands")
+
+
+def _grouped(product: Product, values: Product) -> tuple[fx.Node, fx.Node] | None:
+    """Return keys and values before `repeat_kv`, where both are repeated alike."""
     if product.k_node is None or values.v_node is None:
-        return k, v
-    plain_k, plain_v = unrepeated(product.k_node), unrepeated(values.v_node)
-    if plain_k is None or plain_v is None or plain_k is product.k_node or plain_v is values.v_node:
-        return k, v
-    if plain_k.meta["val"].shape[1] != plain_v.meta["val"].shape[1]:
-        return k, v
-    return (lambda edit: plain_k), (lambda edit: plain_v)
-
-
-def _score_nodes(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes between the product and the softmax along the score path."""
-    found: list[fx.Node] = [node]
-    while product_of(found[-1]) is None:
-        operands = found[-1].args[0] if op_name(found[-1]) == "cat" else found[-1].args
-        step = next((a for a in operands if isinstance(a, fx.Node) and _reaches_product(a)), None)  # type: ignore[union-attr]
-        if step is None:
-            break
-        found.append(step)
-    return found
+        return None
+    base_k, base_v = unrepeated(product.k_node), unrepeated(values.v_node)
+    if base_k is product.k_node or base_v is values.v_node:
+        return None
+    return (base_k, base_v) if same_size(base_k.meta["val"].shape[1], base_v.meta["val"].shape[1]) else None
 
 
 def _four(operand: Operand, lead: tuple[Any, Any]) -> Operand:

@@ -26,7 +26,9 @@ MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 every_case = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 
 
-def calls_that(keep: Callable[[Call], bool], quick: Callable[[MatrixCase, Call], bool] | None = None) -> Any:
+def calls_that(
+    keep: Callable[[Call], bool], quick: Callable[[MatrixCase, Call], bool] | None = None
+) -> pytest.MarkDecorator:
     """Parametrize by the calls of all cases that `keep` wants, and mark as slow what `quick`, if given, does not."""
     pairs = [
         pytest.param(

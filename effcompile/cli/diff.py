@@ -1,0 +1,74 @@
+"""Compare two plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effcompile.cli import parameters as given
+from effcompile.cli.console import bad, good, print_json, stdout, table
+from effcompile.core.plan import Plan
+from effcompile.planning.explain import fold
+
+Old = Annotated[Path, typer.Argument(help="The plan before.", show_default=False)]
+New = Annotated[Path, typer.Argument(help="The plan after.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Hold one difference: `what` is the family, `target` or `site`; '-' stands for nothing."""
+
+    site: str
+    what: str
+    old: str
+    new: str
+    reason: str = ""
+
+
+def diff(old: Old, new: New, as_json: given.AsJson = False) -> int:
+    """Show side by side what two plans decide differently. Exit code 1 where they differ, 0 where they decide the same."""
+    changes = compare(Plan.read(old), Plan.read(new))
+    if as_json:
+        print_json({"equal": not changes, "changes": [vars(change) for change in changes]})
+    elif not changes:
+        stdout().print(good("the plans decide the same"))
+    else:
+        grouped: dict[tuple[str, str, str, str], list[str]] = {}
+        for change in changes:
+            grouped.setdefault((change.what, change.old, change.new, change.reason), []).append(change.site)
+        rows = [[fold(sites), what, bad(a), good(b), why] for (what, a, b, why), sites in grouped.items()]
+        stdout().print(table("", ("site", "what", str(old), str(new), "why"), rows))
+    return 1 if changes else 0
+
+
+def compare(old: Plan, new: Plan) -> tuple[Change, ...]:
+    """Return what differs: the target, sites that moved, came or went, and choices, with the new reason."""
+    changes = [] if old.target == new.target else [Change("-", "target", old.target, new.target)]
+    prints = dict(old.fingerprints), dict(new.fingerprints)
+    for site in sorted(prints[0].keys() | prints[1].keys()):
+        a, b = (found.get(site, "-") for found in prints)
+        if a != b:
+            state = "gone" if b == "-" else "new" if a == "-" else "changed (shape, mask or spelling)"
+            changes.append(Change(site, "site", a, b, state))
+    choices = _choices(old), _choices(new)
+    why = {(c.site, c.family): c.reason for c in new.choices}
+    why |= {(d.site, d.family): str(d.refusal) for d in new.declined if (d.site, d.family) not in why}
+    for place in sorted(choices[0].keys() | choices[1].keys()):
+        a, b = (found.get(place, "-") for found in choices)
+        if a != b:
+            changes.append(Change(*place, a, b, why.get(place, "")))
+    if old.schedule != new.schedule:
+        changes.append(Change("-", "schedule", str(old.schedule or "-"), str(new.schedule or "-")))
+    return tuple(changes)
+
+
+def _choices(plan: Plan) -> Mapping[tuple[str, str], str]:
+    found: dict[tuple[str, str], str] = {}
+    for choice in plan.choices:
+        key = (choice.site, choice.family) if choice.family != "pass" else (choice.site, f"pass {choice.policy}")
+        found[key] = choice.policy if choice.family != "pass" else "runs"
+    return found

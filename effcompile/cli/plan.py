@@ -1,0 +1,55 @@
+"""Decide, and write the decisions to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effcompile.cli import parameters as given
+from effcompile.cli.console import command_line, print_json, progress, stdout
+from effcompile.cli.models import load_model
+from effcompile.core.options import Options
+
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the plan; without it, it is only shown.")]
+
+
+def plan(
+    context: typer.Context,
+    model: given.Model,
+    out: Out = None,
+    shape: given.Shape = "",
+    target: given.TargetName = None,
+    dtype: given.Dtype = "",
+    option: given.OptionList = None,
+    require: given.RequireList = None,
+    passes: given.PassList = None,
+    real: given.Real = False,
+    as_json: given.AsJson = False,
+) -> int:
+    """Write the plan of a model: every choice, every refusal, and a fingerprint of every site.
+
+    Replay it with torch.compile(model, backend="eff", options={"plan": "plan.json"}); for another model that is an error.
+    """
+    from effcompile.cli.explain import explained
+    from effcompile.cli.tables import draw_plan
+
+    options = given.parse_options(option, require, passes)
+    contract = Options.parse(options).require
+    options.pop("require", None)
+    with progress("tracing", quiet=as_json):
+        loaded = load_model(model, given.parse_shape(shape), given.parse_dtype(dtype), real=real)
+        found = explained(loaded, target, options, False, real, command_line(context.obj))
+    found.keep_contract(contract)
+    made = found.plan
+    if out is not None:
+        out.write_text(made.to_json() + "\n", encoding="utf-8")
+    if as_json:
+        print_json(json.loads(made.to_json()))
+        return 0
+    draw_plan(stdout(), made, why_not=False)
+    if out is not None:
+        stdout().print(f"wrote {out}; next: eff show {out} --why-not")
+    return 0

@@ -1,0 +1,148 @@
+"""Draw an explanation, a plan and a ledger on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from effcompile.cli.console import bad, dim, good, table
+from effcompile.core.plan import Plan
+from effcompile.numerics import GraphLedger
+from effcompile.planning.explain import Explanation, duration, fold, groups, headline, sizes
+from effcompile.planning.ledger import Row
+
+
+def draw_explanation(out: Console, found: Explanation, why_not: bool = True) -> None:
+    """Print the headline, sites, crossovers, what was kept, breaks, passes and the modelled total."""
+    missed = bool(found.not_rewritten)
+    out.print(Text.assemble((found.model, "bold"), f"  on {found.target} ({found.device.name}), weights: {found.weights}"))
+    out.print(bad(headline(found)) if missed or found.stop else good(headline(found)))
+    if found.stop:
+        out.print(bad(f"stopped early, so this is not the whole model: {found.stop}"), soft_wrap=True)
+    _draw_sites(out, found)
+    _draw_not_rewritten(out, found)
+    if why_not:
+        _draw_declined(out, found)
+    _draw_passes(out, found)
+    total = found.attention_seconds + found.products_seconds
+    stages = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in found.seconds)
+    out.print()
+    out.print(
+        Text.assemble(
+            ("modelled  ", "dim"),
+            f"attention {duration(found.attention_seconds)} + products with weights {duration(found.products_seconds)} "
+            f"= {duration(total)}",
+        )
+    )
+    out.print(dim(f"took      {stages}"))
+
+
+def _draw_sites(out: Console, found: Explanation) -> None:
+    rows = []
+    for group in groups(found.sites):
+        row = group.first
+        least = f"{duration(row.floor.seconds)} {row.floor.bound}"
+        rows.append([group.places, sizes(row.site), row.site.mask, good(row.kernel), duration(group.seconds), row.tag, least])
+    if rows:
+        out.print()
+        columns = ("site", "shape", "mask", "kernel", "time, all", "", "floor, each")
+        out.print(table("Attention", columns, rows, right=("time, all",)))
+    sources = {row.site.source: None for group in groups(found.sites) for row in group.rows if row.site.source}
+    if sources:
+        out.print(dim(f"in {', '.join(list(sources)[:4])}{' and more' if len(sources) > 4 else ''}"), soft_wrap=True)
+    lines = {f"{item}": None for group in groups(found.sites) for item in group.first.pays if item.decides}
+    for line in lines:
+        out.print(f"  {line}")
+
+
+def _draw_not_rewritten(out: Console, found: Explanation) -> None:
+    kept = found.not_rewritten
+    if kept:
+        out.print()
+        out.print(table("Kept as it was", ("where", "why", "source"), [[bad(place), why, source] for place, source, why in kept]))
+    absent = [item for item in found.unseen if not item.called]
+    if absent:
+        out.print()
+        out.print(f"Not called: {fold([item.module for item in absent])} ({absent[0].reason})")
+    if found.breaks:
+        out.print()
+        rows = [[b.source or "?", b.module or "-", b.reason] for b in found.breaks]
+        out.print(table("Graph breaks", ("source", "module", "reason"), rows))
+    refused = [[graph.owner or "the model", str(graph.refusal)] for graph in found.graphs if graph.refusal]
+    if refused:
+        out.print()
+        out.print(table("Graphs left to TorchInductor", ("graph of", "why"), refused))
+
+
+def _draw_declined(out: Console, found: Explanation) -> None:
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for group in groups(found.sites):
+        for item in group.first.declined:
+            why = item.refusal.reason + (f" ({item.refusal.hint})" if item.refusal.hint else "")
+            rows.setdefault((item.policy, item.refusal.code, why), []).append(group.places)
+    if rows:
+        out.print()
+        listed = [[", ".join(places), *key] for key, places in rows.items()]
+        out.print(table("Why not another kernel", ("site", "kernel", "code", "reason"), listed))
+
+
+def _draw_passes(out: Console, found: Explanation) -> None:
+    rows: dict[tuple[str, str, str], int] = {}
+    for graph in found.graphs:
+        for item in graph.passes:
+            key = (item.name, item.state, item.note)
+            rows[key] = rows.get(key, 0) + 1
+    if rows:
+        out.print()
+        many = len(found.graphs) > 1
+        listed = [[*key, *([count] if many else [])] for key, count in rows.items()]
+        out.print(table("Passes", ("pass", "result", "note", *(["graphs"] if many else [])), listed))
+
+
+def draw_plan(out: Console, plan: Plan, why_not: bool) -> None:
+    """Print the choices of a plan, equal sites together, and with `why_not` everything that was declined."""
+    out.print(Text.assemble(("plan ", "dim"), (plan.hash, "bold"), f"  target {plan.target}, {len(plan.fingerprints)} sites"))
+    chosen: dict[tuple[str, str, str], list[str]] = {}
+    for choice in plan.choices:
+        price = "" if choice.seconds is None else f"{duration(choice.seconds)} {choice.tag}"
+        chosen.setdefault((choice.family, choice.policy, price), []).append(choice.site)
+    out.print()
+    rows = [[fold(places), family, good(policy), price] for (family, policy, price), places in chosen.items()]
+    out.print(table("Choices", ("site", "family", "choice", "each"), rows))
+    if why_not:
+        out.print()
+        refused: dict[tuple[str, str, str, str], list[str]] = {}
+        for item in plan.declined:
+            key = (item.policy, item.refusal.code, item.refusal.reason, item.refusal.hint)
+            refused.setdefault(key, []).append(item.site)
+        listed = [[fold(places), *key] for key, places in refused.items()]
+        out.print(table("Declined", ("site", "policy", "code", "reason", "what to do"), listed))
+    for note in plan.notes:
+        out.print(dim(f"  {note}"))
+
+
+def draw_ledgers(out: Console, ledgers: Sequence[GraphLedger]) -> None:
+    """Print the error that each pass adds."""
+    for item in ledgers:
+        out.print()
+        title = f"Numerics of {item.owner or 'the model'} (within: RMSE at most {item.ledger.multiplier:g}x that of eager)"
+        out.print(draw_rows(title, item.ledger.rows))
+
+
+def draw_rows(title: str, rows: Sequence[Row]) -> Text | object:
+    """Return the table of ledger rows."""
+    listed = [
+        [
+            row.stage,
+            f"{row.added:.2e}",
+            f"{row.max_abs:.2e}",
+            f"{row.rmse:.2e}",
+            f"{row.base_rmse:.2e}",
+            good("within") if row.within else bad("out"),
+        ]
+        for row in rows
+    ]
+    columns = ("after", "adds, max abs", "max abs", "RMSE to fp64", "RMSE of eager", "")
+    return table(title, columns, listed, right=columns[1:5])
