@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -83,6 +84,7 @@ def export_onnx(workload: Workload, folder: Path) -> OnnxModel:
     begun = time.perf_counter()
     module, tensors = workload.flat(torch.float32)
     path = folder / "model.onnx"
+    _quiet("torch.onnx", "onnxscript", "onnx_ir")
     program = torch.onnx.export(
         module, tuple(tensors.values()), dynamo=True, input_names=list(tensors), output_names=["out"], verbose=False
     )
@@ -92,6 +94,12 @@ def export_onnx(workload: Workload, folder: Path) -> OnnxModel:
     return OnnxModel(path, feeds, time.perf_counter() - begun)
 
 
+def _quiet(*loggers: str) -> None:
+    """Keep notices about packages that no model here uses off the terminal."""
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 class Arm(ABC):
     """Prepare a workload to be called in one way."""
 
@@ -99,6 +107,11 @@ class Arm(ABC):
     title: str
     exports: bool = False
     """Whether it runs an ONNX file instead of the module."""
+
+    @property
+    def compiles(self) -> bool:
+        """Tell whether preparing it, or its first call, does more than any later call."""
+        return True
 
     def refuses(self, workload: Workload) -> str | None:
         """Return why this arm cannot run such a workload at all, else None."""
@@ -118,6 +131,11 @@ class TorchArm(Arm):
     backend: str | None = None
     mode: str | None = None
     frozen: bool = False
+
+    @property
+    def compiles(self) -> bool:
+        """Tell whether there is a backend."""
+        return self.backend is not None
 
     def prepare(self, workload: Workload, scratch: Scratch, threads: int) -> Ready:
         """Return the call of the module or of its compiled form."""

@@ -21,6 +21,7 @@ from bench.case import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "openvino", "triton", "numpy", "effcompile")
+_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
 _ENVIRONMENT = re.compile(
     r"^(OMP_|MKL_|KMP_|GOMP_|OPENBLAS_|ONEDNN_|DNNL_|TORCHINDUCTOR_|TORCH_COMPILE|PYTORCH_|LD_PRELOAD|CUDA_)"
 )
@@ -39,9 +40,18 @@ def manifest(settings: Settings) -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "commit": commit(),
         "command": command(sys.argv),
-        "environment": {name: scrub(value) for name, value in sorted(os.environ.items()) if _ENVIRONMENT.match(name)},
+        "environment": environment(),
         "settings": {key: value for key, value in settings.to_json().items() if value not in ([], False)},
         "load": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that steer threads, allocators and compilers; of a path only its last part."""
+    return {
+        name: Path(value).name if value.startswith("/") else scrub(value)
+        for name, value in sorted(os.environ.items())
+        if _ENVIRONMENT.match(name) and name != "TORCHINDUCTOR_CACHE_DIR"
     }
 
 
@@ -57,7 +67,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, Any]:
-    """Return the CPU's model name, instruction set, usable cores and nominal clock in Hz."""
+    """Return the CPU's model name, instruction set, matrix extensions, usable cores and nominal clock in Hz."""
     from effcompile.targets.detect import detect_cpu, read_clock, read_isa
 
     text = _read("/proc/cpuinfo")
@@ -67,6 +77,7 @@ def cpu() -> dict[str, Any]:
         "model": name[1].strip() if name else platform.processor(),
         "isa": read_isa(text, capability, platform.machine()).compute,
         "torch_capability": capability,
+        "extensions": [word for word in _EXTENSIONS if re.search(rf"\b{word}\b", text)],
         "cores": detect_cpu().cores,
         "clock": read_clock(text),
     }

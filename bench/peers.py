@@ -152,8 +152,9 @@ def _rounds(entries: Sequence[_Entry], settings: Settings, watch: Watch) -> dict
 def _finish(entry: _Entry, spread: Spread | None, steps: int) -> None:
     if spread is None or entry.ready is None or entry.result is None:
         return
-    compile_seconds = max(0.0, entry.first + entry.ready.earlier - spread.median)
-    timing = {"seconds": spread.scaled(1 / steps).to_json(), "compile_seconds": float(f"{compile_seconds:.4g}")}
+    timing: dict[str, Any] = {"seconds": spread.scaled(1 / steps).to_json()}
+    if entry.arm.compiles:
+        timing["compile_seconds"] = float(f"{max(0.0, entry.first + entry.ready.earlier - spread.median):.4g}")
     entry.result = {**timing, **entry.result}
 
 

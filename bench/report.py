@@ -18,21 +18,23 @@ OURS = "eff"
 
 def table(document: Mapping[str, Any]) -> Table:
     """Return a rich table: a line a row, a column an arm with median, half quartile range and ratio to the baseline."""
-    from rich.table import Table as RichTable
+    from effcompile.cli.console import table as plain_table
 
     arms = arm_names(document)
-    made = RichTable(
-        title=f"{document['title']} ({document['tag']})", caption=_caption(document), caption_justify="left"
-    )
-    made.add_column("row")
-    for name in arms:
-        made.add_column(name, justify="right")
-    made.add_column("eff vs fastest peer", justify="right")
+    names = [name.replace("-", " ") for name in arms]  # so that they wrap
+    rows = []
     for row in document["rows"]:
-        notes: list[str] = []
-        cells = [_cell(document, row, name, notes, wide=True) for name in arms]
-        made.add_row(row["id"], *cells, versus_best(row))
-    return made
+        cells = [_cell(document, row, name, [], wide=True) for name in arms]
+        rows.append([row["id"], *cells, versus_best(row)])
+    versus = "eff vs fastest peer"
+    title = f"{document['title']} ({document['tag']})"
+    return plain_table(title, ("row", *names, versus), rows, right=(*names, versus))
+
+
+def failures(document: Mapping[str, Any]) -> list[str]:
+    """Return the rows in which an arm of ours failed or is less exact than the rule allows."""
+    ours = [(row["id"], arm) for row in document["rows"] for name, arm in row["arms"].items() if name.startswith(OURS)]
+    return [row for row, arm in ours if "error" in arm or arm.get("numerics", {}).get("within") is False]
 
 
 def problems(document: Mapping[str, Any]) -> list[str]:
@@ -75,15 +77,18 @@ def _cell(
     if arm is None:
         return ""
     if "error" in arm or "skipped" in arm:
-        return ("failed" if "error" in arm else "-") + _note(notes, arm.get("error") or arm["skipped"])
+        note = "" if wide else _note(notes, arm.get("error") or arm["skipped"])
+        return ("failed" if "error" in arm else "-") + note
     text = amount(document["unit"], arm)
-    if wide and "seconds" in arm:
-        text += f" ±{_scale(document['unit'], arm['seconds']['iqr'] / 2)[0]}"
+    if wide and "seconds" in arm and arm["seconds"]["median"] > 0:
+        text += f" ±{50 * arm['seconds']['iqr'] / arm['seconds']['median']:.0f}%"
     base = next(iter(row["arms"]))
     found = next((item for item in row["ratios"] if item["arm"] == name and item["to"] == base), None)
     if found is not None:
-        text += f" ({found['median']:.2f}x)"
-    return text + (_note(notes, _WRONG) if arm.get("numerics", {}).get("within") is False else "")
+        text += f"\n{found['median']:.2f}x" if wide else f" ({found['median']:.2f}x)"
+    if arm.get("numerics", {}).get("within") is False:
+        text += " inexact" if wide else _note(notes, _WRONG)
+    return text
 
 
 def amount(unit: str, arm: Mapping[str, Any]) -> str:
@@ -108,7 +113,8 @@ def _note(notes: list[str], text: str) -> str:
     return f" [{notes.index(text) + 1}]"
 
 
-def _caption(document: Mapping[str, Any]) -> str:
+def caption(document: Mapping[str, Any]) -> str:
+    """Return what a case measures and the circumstances of its runs, a line each."""
     lines = [document["about"]]
     for manifest in document["runs"].values():
         lines.append(machine(manifest))
@@ -198,14 +204,11 @@ def write_readme(path: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
 
 def list_table(items: Sequence[Mapping[str, Any]], settings: Settings) -> Table:
     """Return the table of `eff bench --list`."""
-    from rich.table import Table as RichTable
+    from effcompile.cli.console import table as plain_table
 
-    made = RichTable(title=f"cases on {settings.device}")
-    for name in ("case", "measures", "rows", "arms"):
-        made.add_column(name)
+    lines = []
     for item in items:
-        rows = item["rows"]
-        shown = ", ".join(rows[:3]) + (f" ... ({len(rows)})" if len(rows) > 3 else "")
-        others = f" (also {', '.join(item['other_arms'])})" if item["other_arms"] else ""
-        made.add_row(item["case"], item["title"], shown, ", ".join(item["arms"]) + others)
-    return made
+        shown = ", ".join(item["rows"][:3]) + (f" ... ({len(item['rows'])})" if len(item["rows"]) > 3 else "")
+        others = f" (on request: {', '.join(item['other_arms'])})" if item["other_arms"] else ""
+        lines.append([item["case"], item["title"], shown, ", ".join(item["arms"]) + others])
+    return plain_table(f"Cases on {settings.device}", ("case", "measures", "rows", "arms"), lines)

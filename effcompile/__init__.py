@@ -7,8 +7,9 @@ Importing this package imports neither transformers nor ONNX nor TensorRT, and t
 
 from effcompile.backend import FallbackWarning, backend
 from effcompile.core.errors import EffError
+from effcompile.explaining import explain
 from effcompile.report import summary as report
 
 __version__ = "0.1.0"
 
-__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "report"]
+__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "explain", "report"]

@@ -17,6 +17,7 @@ from torch import fx
 from effcompile import report
 from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.emit import emit_graph
+from effcompile.codegen.interpreter import interpret_graph
 from effcompile.compiler import Compiled, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
@@ -112,7 +113,7 @@ def _guarded(
             return run(*args)
         if not spare:
             report.stale(compiled.pinned)
-            spare.append(emit_graph(gm, example_inputs, options))
+            spare.append(interpret_graph(gm))  # outside Dynamo no graph of symbolic sizes can be compiled
         return spare[0](*args)
 
     return checked

@@ -2,7 +2,7 @@
 
     print(eff.explain(model, *inputs, target="sm_90"))
 
-The model is traced on the meta device, so no weight is read and no GPU is needed; the target decides, not this machine. Everything
+The model is traced on copies without data, so no weight is read and no GPU is needed; the target decides, not this machine. All
 that `torch.compile(model, backend="eff")` decides is decided here by the same code; only emission is left out.
 """
 
@@ -18,20 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from effcompile import skeleton as skeletons
 from effcompile.backend import check_doors, target_of
 from effcompile.compiler import Compiled, all_kernels, all_passes, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
 from effcompile.core.options import Options
-from effcompile.core.program import Break
+from effcompile.core.program import Break, Program
 from effcompile.core.site import AttentionSite
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.modules import attention_modules, holders
-from effcompile.observe import Observation, SeenGraph, observe
+from effcompile.observe import Observation, SeenGraph, observe, observe_export
 from effcompile.planning import pricing
 from effcompile.planning.explain import Explanation, GraphRow, MissedRow, PassRow, SiteRow, Unseen
-from effcompile.skeleton import Skeleton, strip, strip_inputs
+from effcompile.skeleton import Skeleton, strip
+
+_ON_WEIGHTS = "; the weights themselves may answer it: real=True (--real)"
 
 
 def explain(
@@ -48,8 +51,9 @@ def explain(
     """Return what `torch.compile(model, backend="eff", options=options)(*inputs, **kwargs)` would do on `target`.
 
     Args:
-        model: a module, on any device or on meta; its weights are not read. A plain function runs once on its inputs as they are.
-        inputs: the arguments of one call; tensors are replaced by empty ones on the meta device.
+        model: a module, on any device or on meta; its weights are not read. A plain function runs on its inputs as they are. An
+            ExportedProgram has its graph already and needs no inputs.
+        inputs: the arguments of one call; of tensors only shape and dtype count.
         target: a device word such as `sm_90`, `h100`, `cpu`; None is this machine.
         options: as for torch.compile. `require` is counted against the module tree here, so that attention behind a graph break
             or in an unrecognized spelling breaks it too.
@@ -60,39 +64,35 @@ def explain(
         kwargs: keyword arguments of the call.
 
     Raises:
-        EffError: unknown options or targets; EFF-G310 where the model cannot be copied onto the meta device.
+        EffError: unknown options or targets; EFF-G310 where the model cannot be copied without its data.
         ContractError: EFF-P502 with the missed sites.
     """
     asked = Options.parse({**(options or {}), **({"target": target} if target is not None else {})})
     check_doors(asked)
     chosen = target_of(asked, "cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
-    skeleton = strip(model) if isinstance(model, nn.Module) and not real else Skeleton(model)
-    observation = observe(skeleton, _inputs(skeleton.model, inputs, kwargs, real), dynamic=dynamic)
+    exported = isinstance(model, torch.export.ExportedProgram)
+    dry = exported or (isinstance(model, nn.Module) and not real)
+    if exported:
+        skeleton = Skeleton(model, lambda: ((), {}))
+        observation = observe_export(model)  # type: ignore[arg-type]
+    else:
+        skeleton = strip(model, inputs, kwargs) if dry else skeletons.real(model, inputs, kwargs)  # type: ignore[arg-type]
+        observation = observe(skeleton, dynamic=dynamic)
     traced = time.perf_counter()
     explanation = describe(observation, skeleton.model, chosen, replace(asked, require=()))
     clock = (("trace", traced - began), ("decide", time.perf_counter() - traced))
     found = replace(
         explanation,
         model=name or type(model).__name__,
+        stop=explanation.stop + (_ON_WEIGHTS if explanation.stop and dry else ""),
         inputs=tuple(_spelled(value) for value in (*inputs, *kwargs.values())),
-        weights="real" if real or not isinstance(model, nn.Module) else "meta",
+        weights="not read" if dry else "real",
         seconds=(*clock, *explanation.seconds),
         command=command,
     )
     found.keep_contract(asked.require)
     return found
-
-
-def _inputs(
-    model: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any], real: bool
-) -> Callable[[], tuple[Sequence[Any], Mapping[str, Any]]]:
-    """Return a maker of fresh arguments: a KV cache among them is written to by every run."""
-    import copy
-
-    if isinstance(model, nn.Module) and not real:
-        return lambda: strip_inputs((tuple(inputs), dict(kwargs)))  # type: ignore[no-any-return]
-    return lambda: copy.deepcopy((tuple(inputs), dict(kwargs)))
 
 
 def describe(observation: Observation, model: Any, target: Target, options: Options) -> Explanation:
@@ -111,7 +111,7 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
             sites.extend(_rows(compiled, graph, number, price))
             missed.extend(MissedRow(_path(graph.owner, m.site.id), number, m) for m in compiled.missed)
     breaks = _named_breaks(observation, model)
-    reached = _reached(observation, [row.id for row in (*sites, *missed)], sites)
+    reached = frozenset(place for row in sites for place in row.places) | {row.id for row in missed}
     stop = observation.stop
     return Explanation(
         model="",
@@ -130,17 +130,16 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
     )
 
 
-def on_target(graph: SeenGraph, target: Target) -> SeenGraph:
-    """Return the graph as the target's own device would have captured it (a dry run captures on meta)."""
-    if graph.program is None or graph.program.device != "meta":
-        return graph
-    device = "cpu" if target.device.kind == "cpu" else "cuda"
-    return replace(graph, program=replace(graph.program, device=device))
+def on_target(graph: SeenGraph, target: Target) -> Program | None:
+    """Return the program as the target's own device would have captured it (a dry run captures on fake CPU tensors)."""
+    if graph.program is None:
+        return None
+    return replace(graph.program, device="cpu" if target.device.kind == "cpu" else "cuda")
 
 
 def _decide(graph: SeenGraph, target: Target, options: Options) -> tuple[GraphRow, Compiled | None]:
     empty = GraphRow(graph.owner, len(graph.owners), graph.nodes, None, graph.refusal)
-    program = on_target(graph, target).program
+    program = on_target(graph, target)
     if program is None:
         return empty, None
     try:
@@ -150,9 +149,13 @@ def _decide(graph: SeenGraph, target: Target, options: Options) -> tuple[GraphRo
             raise
         return replace(empty, refusal=error), None
     except Exception as error:  # what the backend answers with a fallback and a warning
-        return replace(empty, refusal=EffError("EFF-X999", f"{type(error).__name__}: {error}", hint="eff repro MODEL")), None
+        return replace(
+            empty, refusal=EffError("EFF-X999", f"{type(error).__name__}: {error}", hint="eff repro MODEL")
+        ), None
     products = sum(pricing.products(entry, target.device) for entry in program.entries)
-    row = replace(empty, plan=compiled.plan, seconds=compiled.seconds, passes=_passes(compiled, options), products=products)
+    row = replace(
+        empty, plan=compiled.plan, seconds=compiled.seconds, passes=_passes(compiled, options), products=products
+    )
     return row, compiled
 
 
@@ -195,6 +198,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
             SiteRow(
                 id=_path(graph.owner, site.id),
                 graph=number,
+                places=tuple(dict.fromkeys(_path(owner, site.id) for owner in graph.owners or [""])),
                 instances=max(1, len(graph.owners)),
                 site=site,
                 kernel=choice.policy,
@@ -216,16 +220,6 @@ def _path(owner: str, local: str) -> str:
     return owner if local == "graph" or local.startswith("graph.") else f"{owner}.{local}"
 
 
-def _reached(observation: Observation, places: Sequence[str], sites: Sequence[SiteRow]) -> frozenset[str]:
-    """Return the places of all sites, those of the other modules that run the same graph included."""
-    found = set(places)
-    for row in sites:
-        graph = observation.graphs[row.graph]
-        for owner in graph.owners[1:]:
-            found.add(owner + row.id.removeprefix(graph.owner) if graph.owner else row.id)
-    return frozenset(found)
-
-
 def _named_breaks(observation: Observation, model: Any) -> tuple[Break, ...]:
     """Return the breaks with the module whose code left the graph."""
     found: dict[tuple[str, str], Break] = {}
@@ -245,7 +239,7 @@ def _unseen(
         if any(place == path or place.startswith(inside) or path.startswith(place + ".") for place in reached):
             continue
         kind = type(module).__name__
-        if path not in observation.called:
+        if path not in observation.called and not (observation.partial and breaks):
             stop = observation.stop
             reason = "the run stopped before it" if stop else "not called with these inputs"
             rows.append(Unseen(path, kind, reason, stop.source if stop else "", called=stop is not None))

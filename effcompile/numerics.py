@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from effcompile import skeleton as skeletons
 from effcompile.backend import check_doors, target_of
 from effcompile.compiler import compile_program
 from effcompile.core.dump import Dump
@@ -17,7 +18,6 @@ from effcompile.core.program import Program
 from effcompile.core.target import Target
 from effcompile.observe import SeenGraph, observe
 from effcompile.planning.ledger import Ledger, Recording, Reference, Row, execute, measure
-from effcompile.skeleton import Skeleton
 
 Progress = Callable[[str], None]
 
@@ -116,10 +116,9 @@ def blame(
 def _graphs(
     model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[tuple[SeenGraph, Program]]:
-    import copy
-
-    fresh = (tuple(inputs), dict(kwargs))
-    seen = observe(Skeleton(model), lambda: copy.deepcopy(fresh), keep_inputs=True)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    seen = observe(skeletons.real(model, tuple(inputs), kwargs), keep_inputs=True)
     if seen.stop is not None:
         raise EffError("EFF-G311", f"the model itself fails: {seen.stop.reason}", source=seen.stop.source or None)
     return [(graph, graph.program) for graph in seen.graphs if graph.program is not None]
@@ -145,7 +144,9 @@ def _bisect(graph: SeenGraph, program: Program, target: Target, options: Options
             break
         fuel, last = fuel + 1, len(ran)
     if fuel == 0:
-        return Verdict("kernels", graph.owner, 0, tuple(rows), note="recognition, or a kernel that replaced a raised op")
+        return Verdict(
+            "kernels", graph.owner, 0, tuple(rows), note="recognition, or a kernel that replaced a raised op"
+        )
     repaired, _ = run(None, _without(options, row.stage))
     return Verdict(row.stage, graph.owner, fuel, tuple(rows), confirmed=repaired.within)
 
@@ -166,6 +167,7 @@ def _emission(
     progress: Progress,
 ) -> Verdict:
     options.pop("require", None)
+    model = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     progress("eager")
     eager = _flat(model, inputs, kwargs)
     progress("compiled with our rewrites")
@@ -179,7 +181,9 @@ def _emission(
     both = (*rows, replace(row, within=False), reference.compare("inductor", plain, eager))
     if not _close(plain, eager):
         return Verdict("inductor", "", None, both, note="TorchInductor leaves tolerance without our rewrites too")
-    return Verdict("emission", "", None, both, note="the rewritten graph is right when interpreted and wrong when compiled")
+    return Verdict(
+        "emission", "", None, both, note="the rewritten graph is right when interpreted and wrong when compiled"
+    )
 
 
 def _close(found: Sequence[Any], eager: Sequence[Any]) -> bool:

@@ -7,18 +7,24 @@ cache of their own where torch has one, so that a later `torch.compile` of the s
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
+from effcompile.capture.dynamo import CaptureRefused, capture_dynamo, module_of, module_path
+from effcompile.capture.export import capture_export
 from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Input, Program
 from effcompile.skeleton import Skeleton
+
+_QUOTED = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @dataclass
@@ -53,26 +59,26 @@ class Stop:
 
 @dataclass(frozen=True)
 class Observation:
-    """Hold the graphs in order, the paths of the modules that ran, and where the run stopped."""
+    """Hold the graphs in order, the paths of the modules that ran, and where the traced run stopped.
+
+    `partial` tells that the eager run failed where the traced one did not, so that `called` may lack some: fake tensors lack an
+    implementation of some ops that Dynamo replaces.
+    """
 
     graphs: tuple[SeenGraph, ...]
     called: frozenset[str]
     stop: Stop | None = None
+    partial: bool = False
 
 
-def observe(
-    skeleton: Skeleton,
-    make_inputs: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
-    *,
-    dynamic: bool | None = None,
-    keep_inputs: bool = False,
-) -> Observation:
-    """Trace `skeleton.model`; `make_inputs` gives fresh arguments for each of the two runs (caches are written to).
+def observe(skeleton: Skeleton, *, dynamic: bool | None = None, keep_inputs: bool = False) -> Observation:
+    """Trace a model by running it twice, on fresh arguments each time and without gradients.
 
-    The first run is eager and only notes which modules are called; the second goes through Dynamo. Both are without gradients.
+    The first run is eager and only notes which modules are called; the second goes through Dynamo. `keep_inputs` copies the
+    inputs of every graph as they were before it ran.
     """
     model = skeleton.model
-    called, eager_stop = _called(model, make_inputs)
+    called, eager_stop = _called(skeleton)
     paths = _paths_of_tensors(model)
     graphs: list[SeenGraph] = []
 
@@ -95,8 +101,28 @@ def observe(
 
         return run
 
-    stop = _run(_traced(model, record, dynamic), model, make_inputs)
-    return Observation(tuple(graphs), called, stop or eager_stop)
+    stop = _run(_traced(model, record, dynamic), skeleton)
+    if stop is not None and eager_stop is not None:
+        stop = eager_stop  # the model fails by itself: its own stack says more than Dynamo's
+    return Observation(tuple(graphs), called | _traced_modules(graphs), stop, eager_stop is not None and stop is None)
+
+
+def observe_export(exported: torch.export.ExportedProgram) -> Observation:
+    """Return the one graph of an exported program; its module tree is gone, so nothing is counted against it."""
+    with torch.no_grad():
+        program = capture_export(exported)
+    inputs = tuple(item.value for item in program.entries[0].inputs)
+    nodes = len(program.entries[0].graph.graph.nodes)
+    return Observation((SeenGraph(program, None, inputs, nodes, (), [""]),), frozenset())
+
+
+def _traced_modules(graphs: Sequence[SeenGraph]) -> frozenset[str]:
+    found: set[str] = set()
+    for graph in graphs:
+        nodes = graph.program.entries[0].graph.graph.nodes if graph.program is not None else ()
+        local = {module_of(node) for node in nodes} - {""}
+        found |= {f"{owner}.{path}" if owner else path for owner in graph.owners for path in local}
+    return frozenset(found)
 
 
 def _traced(model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
@@ -106,29 +132,31 @@ def _traced(model: Callable[..., Any], backend: Callable[..., Any], dynamic: boo
     return torch.compile(model, backend=backend, dynamic=dynamic)
 
 
-def _run(call: Callable[..., Any], model: Any, make_inputs: Callable[..., Any]) -> Stop | None:
+def _run(call: Callable[..., Any], skeleton: Skeleton) -> Stop | None:
     """Run once. Sizes stay as they are given: what one call sees must not make a later compilation dynamic."""
-    args, kwargs = make_inputs()
-    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1 << 12):
+    args, kwargs = skeleton.inputs()
+    settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1 << 12)
+    with torch.no_grad(), skeleton.running(), settings:
         try:
             call(*args, **kwargs)
         except EffError:
             raise
         except Exception as error:
-            return _stop(error, model)
+            return _stop(error, skeleton.model)
     return None
 
 
-def _called(model: Any, make_inputs: Callable[..., Any]) -> tuple[frozenset[str], Stop | None]:
+def _called(skeleton: Skeleton) -> tuple[frozenset[str], Stop | None]:
+    model = skeleton.model
     if not isinstance(model, nn.Module):
         return frozenset(), None
     seen: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: seen.add(path)) for path, module in model.named_modules()
     ]
+    args, kwargs = skeleton.inputs()
     try:
-        args, kwargs = make_inputs()
-        with torch.no_grad():
+        with torch.no_grad(), skeleton.running(), _quiet():
             model(*args, **kwargs)
     except Exception as error:
         return frozenset(seen), _stop(error, model)
@@ -136,6 +164,17 @@ def _called(model: Any, make_inputs: Callable[..., Any]) -> tuple[frozenset[str]
         for handle in handles:
             handle.remove()
     return frozenset(seen), None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an op without a fake implementation as an error: that is an answer here, not a fault."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _stop(error: Exception, model: Any) -> Stop:
@@ -149,8 +188,11 @@ def _stop(error: Exception, model: Any) -> Stop:
             module = paths[id(owner)]
         if "/torch/" not in frame.f_code.co_filename and frame.f_globals.get("__name__") != __name__:
             source = f"{frame.f_code.co_filename}:{line}"
-    text = str(error).strip().splitlines()
-    return Stop(f"{type(error).__name__}: {text[0] if text else 'no message'}", source, module)
+    lines = str(error).strip().splitlines()
+    if not source:  # raised while tracing: Dynamo quotes the user's stack
+        quoted = [frame for frame in _QUOTED.findall(str(error)) if "/torch/" not in frame[0]]
+        source = ":".join(quoted[-1]) if quoted else ""
+    return Stop(f"{type(error).__name__}: {lines[0] if lines else 'no message'}", source, module)
 
 
 def _breaks(gm: fx.GraphModule, program: Program | None) -> tuple[Break, ...]:
@@ -192,8 +234,6 @@ def _paths_of_tensors(model: Any) -> dict[int, str]:
 
 
 def _local_name(node: fx.Node) -> str:
-    from effcompile.capture.dynamo import module_path
-
     source = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:
         return ""

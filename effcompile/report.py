@@ -92,7 +92,7 @@ def failed(error: Exception) -> None:
 def stale(names: tuple[str, ...]) -> None:
     """Count a call whose mask buffer changed after compiling."""
     _LOG.counters["stale"] += 1
-    _LOG.notices.append(f"the mask buffer behind {', '.join(names)} changed: its graph runs on TorchInductor")
+    _LOG.notices.append(f"the mask buffer behind {', '.join(names)} changed: its graph runs eagerly")
 
 
 def count() -> int:

@@ -192,6 +192,8 @@ def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> tuple[Inputs, list[int]] | s
     for run in runs[1:]:
         if any(not _same_wiring(a, b) for a, b in zip(runs[0], run)):
             return "the repetitions order their operands differently"
+    if len({column[0] for column in inputs}) != len(inputs):
+        return "the repetitions read their inputs in different roles"
     if _aliases(runs[0], sorted(outputs)):
         return "a layer returns a view of something else that it returns or reads"
     layouts = [{_layout(node.meta.get("val")) for node in column} for column in inputs]

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import effcompile
+from effcompile.cli import parameters as given
+from effcompile.cli.console import bad, print_json, stdout
 from effcompile.core.errors import EffError
+from effcompile.core.target import dtype_name
 
-NAME = "bench"
-HELP = "Measure this project against eager, TorchInductor, ONNX Runtime and OpenVINO, side by side in one run."
+Cases = Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Cases to run; all when none is named.")]
+Listing = Annotated[bool, typer.Option("--list", help="List cases, rows and arms; measure nothing.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Smallest rows, 2 rounds, nothing written: does every arm run?")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Timed turns of every arm.", show_default="7; quick: 2")]
+Warmup = Annotated[int | None, typer.Option(min=0, help="Untimed turns before them.", show_default="2; quick: 1")]
+Arms = Annotated[str | None, typer.Option(help="Arms to run, separated by commas; the first is the baseline.")]
+Lengths = Annotated[str | None, typer.Option(help="Lengths to run, separated by commas.")]
+Forms = Annotated[str | None, typer.Option(help="Call forms (masks, layers) to run, separated by commas.")]
+Dtypes = Annotated[str | None, typer.Option(help="float32, bfloat16, or both separated by a comma.")]
+Limit = Annotated[float, typer.Option(min=0, help="Seconds that preparing one arm may take; 0: no limit.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every arm.", show_default="all usable cores")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="bench/results; quick: none")]
+Readme = Annotated[bool, typer.Option("--readme", help="Write the stored results into README.md; measure nothing.")]
 
 
 def checkout() -> Path:
@@ -77,36 +90,32 @@ def numbers(text: str | None, option: str) -> tuple[int, ...]:
 
 
 def bench(
-    cases: Annotated[
-        list[str] | None, typer.Argument(metavar="[CASE]...", help="Cases to run; all when none is named.")
-    ] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="List cases, rows and arms; measure nothing.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Smallest rows, 2 rounds, nothing written: does every arm run?")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Timed turns of every arm (7; quick: 2).")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Untimed turns before them (2; quick: 1).")] = None,
-    arms: Annotated[
-        str | None, typer.Option(help="Arms to run, separated by commas; the first is the baseline.")
-    ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Lengths to run, separated by commas.")] = None,
-    forms: Annotated[str | None, typer.Option(help="Call forms (masks, layers) to run, separated by commas.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help="float32, bfloat16.")] = None,
-    limit: Annotated[float, typer.Option(min=0, help="Seconds that preparing one arm may take; 0: no limit.")] = 900.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every arm; all usable cores.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results instead of bench/results.")] = None,
-    readme: Annotated[
-        bool, typer.Option("--readme", help="Write the stored results into README.md; measure nothing.")
-    ] = False,
-) -> None:
-    """Measure cases against their peers, interleaved; results go to bench/results/CASE.json, row by row."""
-    if device not in ("cpu", "cuda"):
-        load("clocks").timer_for(device)  # raises with the words it knows
+    cases: Cases = None,
+    listing: Listing = False,
+    device: Device = "cpu",
+    quick: Quick = False,
+    rounds: Rounds = None,
+    warmup: Warmup = None,
+    arms: Arms = None,
+    lengths: Lengths = None,
+    forms: Forms = None,
+    dtypes: Dtypes = None,
+    limit: Limit = 900.0,
+    threads: Threads = None,
+    out: Out = None,
+    readme: Readme = False,
+    as_json: given.AsJson = False,
+) -> int:
+    """Measure this project against eager, TorchInductor, ONNX Runtime and OpenVINO, side by side in one run.
+
+    The arms take turns; results go to bench/results/CASE.json row by row, so a run that is stopped keeps what it has, and one that
+    is repeated replaces its rows. Exit code 1 where an arm of ours failed or is less exact than the rule allows.
+    """
     runner, report = load("run"), load("report")
-    results = out or (None if quick else runner.RESULTS)
-    chosen = {"threads": threads} if threads else {}
+    if readme:
+        changed = report.write_readme(checkout() / "README.md", runner.stored(out or runner.RESULTS))
+        stdout().print("README.md: results written" if changed else "README.md: already up to date")
+        return 0
     settings = load("case").Settings(
         device=device,
         arms=words(arms),
@@ -115,58 +124,32 @@ def bench(
         quick=quick,
         lengths=numbers(lengths, "--lengths"),
         forms=words(forms),
-        dtypes=words(dtypes),
+        dtypes=tuple(dtype_name(word) for word in words(dtypes)),
         limit=limit,
-        results=results,
-        **chosen,
+        results=out or (None if quick else runner.RESULTS),
+        **({"threads": threads} if threads else {}),
     )
-    if readme:
-        _write_readme(runner, report, out)
-        return
-    if show_list:
-        _show_list(runner, report, settings, as_json)
-        return
-    _measure(runner, report, cases or [], settings, as_json)
+    if listing:
+        items = runner.listing(settings)
+        print_json(items) if as_json else stdout().print(report.list_table(items, settings))
+        return 0
+    return _measure(runner, report, runner.choose(cases or [], settings), settings, as_json)
 
 
-def _measure(runner: Any, report: Any, names: list[str], settings: Any, as_json: bool) -> None:
-    from rich.console import Console
-
-    console = Console()
-    selected = runner.choose(names, settings)
+def _measure(runner: Any, report: Any, chosen: Any, settings: Any, as_json: bool) -> int:
     fresh: list[dict[str, Any]] = []
 
     def shown(document: dict[str, Any]) -> None:
         fresh.append(document)
         if not as_json:
-            console.print(report.table(document))
+            out = stdout()
+            out.print(report.table(document))
+            out.print(report.caption(document), style="dim", soft_wrap=True)
             for line in report.problems(document):
-                console.print(f"  {line}", style="yellow", markup=False, highlight=False)
+                out.print(bad(f"  {line}"), soft_wrap=True)
+            out.print()
 
-    runner.run(selected, settings, progress=not as_json, shown=shown)
+    runner.run(chosen, settings, progress=not as_json, shown=shown)
     if as_json:
-        typer.echo(json.dumps(fresh, indent=1))
-    elif settings.results is not None:
-        console.print(f"results: {_short(settings.results)}", highlight=False)
-
-
-def _show_list(runner: Any, report: Any, settings: Any, as_json: bool) -> None:
-    from rich.console import Console
-
-    items = runner.listing(settings)
-    if as_json:
-        typer.echo(json.dumps(items, indent=1))
-    else:
-        Console().print(report.list_table(items, settings))
-
-
-def _write_readme(runner: Any, report: Any, out: Path | None) -> None:
-    changed = report.write_readme(checkout() / "README.md", runner.stored(out or runner.RESULTS))
-    typer.echo("README.md: results written" if changed else "README.md: already up to date")
-
-
-def _short(folder: Path) -> str:
-    for base in (Path.cwd(), Path(tempfile.gettempdir())):
-        if folder.is_relative_to(base):
-            return str(folder.relative_to(base)) if base == Path.cwd() else str(folder)
-    return str(folder)
+        print_json(fresh)
+    return 1 if any(report.failures(document) for document in fresh) else 0

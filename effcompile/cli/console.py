@@ -49,7 +49,9 @@ def print_error(error: EffError, as_json: bool) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = ()) -> Table:
     """Build a table without frames; the columns in `right` are flush right."""
-    built = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    built = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for name in columns:
         built.add_column(name, justify="right" if name in right else "left", header_style="dim", overflow="fold")
     for row in rows:

@@ -39,7 +39,8 @@ def diff(old: Old, new: New, as_json: given.AsJson = False) -> int:
     else:
         grouped: dict[tuple[str, str, str, str], list[str]] = {}
         for change in changes:
-            grouped.setdefault((change.what, change.old, change.new, change.reason), []).append(change.site)
+            a, b = (_presence(change.old), _presence(change.new)) if change.what == "site" else (change.old, change.new)
+            grouped.setdefault((change.what, a, b, change.reason), []).append(change.site)
         rows = [[fold(sites), what, bad(a), good(b), why] for (what, a, b, why), sites in grouped.items()]
         stdout().print(table("", ("site", "what", str(old), str(new), "why"), rows))
     return 1 if changes else 0
@@ -64,6 +65,10 @@ def compare(old: Plan, new: Plan) -> tuple[Change, ...]:
     if old.schedule != new.schedule:
         changes.append(Change("-", "schedule", str(old.schedule or "-"), str(new.schedule or "-")))
     return tuple(changes)
+
+
+def _presence(fingerprint: str) -> str:
+    return "-" if fingerprint == "-" else "planned"
 
 
 def _choices(plan: Plan) -> Mapping[tuple[str, str], str]:

@@ -13,7 +13,9 @@ from effcompile.cli.models import LoadedModel, load_model
 from effcompile.core.options import Options
 
 Html = Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page to this file.")]
-Numerics = Annotated[bool, typer.Option("--numerics", help="Also run it on real weights and print the error each pass adds.")]
+Numerics = Annotated[
+    bool, typer.Option("--numerics", help="Also run it on real weights and print the error each pass adds.")
+]
 Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 
 
@@ -34,7 +36,7 @@ def explain(
 ) -> int:
     """Say what would be rewritten for a target, what would not and why, and what it would cost.
 
-    Nothing is compiled, no weight is read and no GPU is needed: the model is traced on the meta device.
+    Nothing is compiled, no weight is read and no GPU is needed: the model is traced on copies without data.
     """
     sizes, kind = given.parse_shape(shape), given.parse_dtype(dtype)
     options = given.parse_options(option, require, passes)
@@ -70,7 +72,7 @@ def explain(
             found.keep_contract(contract)
         except ContractError as error:
             return error.exit_code
-    return 0 if all(item.ledger.within for item in ledgers) else 1
+    return 0 if all(item.ledger.within for item in ledgers) and not found.stop else 1
 
 
 def explained(

@@ -26,7 +26,7 @@ _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]|__")
 
 
 def load_exported(path: Path, sizes: Mapping[str, int]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return the program as a module, and inputs of the recorded shapes (dynamic sizes take `sizes`, else their example).
+    """Return the exported program, and inputs of the recorded shapes (dynamic sizes take `sizes`, else their example).
 
     Raises:
         EffError: EFF-U116 for a file that is missing, damaged, or would run code.
@@ -46,7 +46,8 @@ def load_exported(path: Path, sizes: Mapping[str, int]) -> tuple[Any, tuple[Any,
         except Exception as error:
             raise EffError("EFF-U116", f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
         args, kwargs = _inputs(program, sizes)
-        return program.module(), args, kwargs
+        program.example_inputs = (args, kwargs)  # torch derives the module's guards from them
+        return program, args, kwargs
 
 
 def _copy(archive: zipfile.ZipFile, to: Path, path: Path) -> None:
@@ -120,7 +121,11 @@ def _strings(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _refused(path: Path, what: str) -> EffError:
-    return EffError("EFF-U116", f"{path} holds {what}, which may run code when loaded; refused", hint="export the model again with torch.export.save")
+    return EffError(
+        "EFF-U116",
+        f"{path} holds {what}, which may run code when loaded; refused",
+        hint="export the model again with torch.export.save",
+    )
 
 
 def _inputs(program: Any, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:

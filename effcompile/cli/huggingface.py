@@ -12,7 +12,9 @@ from effcompile.core.errors import EffError, unknown
 _DEFAULT_TOKENS = 128
 
 
-def load_folder(path: Path, sizes: Mapping[str, int], dtype: Any, real: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def load_folder(
+    path: Path, sizes: Mapping[str, int], dtype: Any, real: bool
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Build the model of `config.json`; with `real` its safetensors are read, and never a pickle or remote code.
 
     Raises:
@@ -36,8 +38,12 @@ def load_folder(path: Path, sizes: Mapping[str, int], dtype: Any, real: bool) ->
             model = kind(config).to(chosen).eval()
     else:
         if not any(path.glob("*.safetensors")):
-            raise EffError("EFF-U114", f"{path} holds no .safetensors", hint="convert its weights; pickles are not loaded")
-        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=chosen).eval()
+            raise EffError(
+                "EFF-U114", f"{path} holds no .safetensors", hint="convert its weights; pickles are not loaded"
+            )
+        model = kind.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=chosen
+        ).eval()
     args, kwargs = example_inputs(model, sizes)
     return model, args, kwargs
 
@@ -45,7 +51,11 @@ def load_folder(path: Path, sizes: Mapping[str, int], dtype: Any, real: bool) ->
 def _architecture(path: Path) -> str:
     file = path / "config.json"
     if not file.is_file():
-        also = "; model_index.json is a whole diffusers pipeline: give one of its folders" if (path / "model_index.json").is_file() else ""
+        also = (
+            "; model_index.json is a whole diffusers pipeline: give one of its folders"
+            if (path / "model_index.json").is_file()
+            else ""
+        )
         raise EffError("EFF-U114", f"{path} holds no config.json{also}", hint="a folder that save_pretrained wrote")
     try:
         found = json.loads(file.read_text())
@@ -53,7 +63,11 @@ def _architecture(path: Path) -> str:
     except (ValueError, AttributeError) as error:
         raise EffError("EFF-U114", f"{file} is not a configuration: {error}") from error
     if not names:
-        raise EffError("EFF-U114", f"{file} names no architecture", hint='add "architectures": ["LlamaForCausalLM"], or use package.module:callable')
+        raise EffError(
+            "EFF-U114",
+            f"{file} names no architecture",
+            hint='add "architectures": ["LlamaForCausalLM"], or use package.module:callable',
+        )
     return str(names[0])
 
 
@@ -74,11 +88,17 @@ def example_inputs(model: Any, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...
         limit = getattr(text, "max_position_embeddings", None)
         length = seq or min(_DEFAULT_TOKENS, limit or _DEFAULT_TOKENS)
         tokens = torch.randint(0, int(text.vocab_size), (batch, length), generator=draw)
-        more = {"decoder_input_ids": tokens[:, : max(1, length // 2)]} if getattr(config, "is_encoder_decoder", False) else {}
+        more = (
+            {"decoder_input_ids": tokens[:, : max(1, length // 2)]}
+            if getattr(config, "is_encoder_decoder", False)
+            else {}
+        )
         return (), {"input_ids": tokens, **more}
     if name == "pixel_values" and getattr(config, "image_size", None):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         image = torch.randn(batch, int(getattr(config, "num_channels", 3)), height, width, generator=draw)
         return (), {"pixel_values": image.to(dtype)}
-    raise EffError("EFF-U115", f"the input `{name}` cannot be made from its configuration", hint="use package.module:callable")
+    raise EffError(
+        "EFF-U115", f"the input `{name}` cannot be made from its configuration", hint="use package.module:callable"
+    )

@@ -110,5 +110,7 @@ def _usage(error: Any) -> EffError:
         return unknown("EFF-U201", "option", option, words, hint=f"{path} --help")
     message = error.format_message()
     if message.startswith("No such command"):
-        return unknown("EFF-U202", "verb", message.split("'")[1], getattr(command, "commands", {}), hint=f"{path} --help")
+        return unknown(
+            "EFF-U202", "verb", message.split("'")[1], getattr(command, "commands", {}), hint=f"{path} --help"
+        )
     return EffError("EFF-U200", message, hint=f"{path} --help")

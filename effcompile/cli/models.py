@@ -14,12 +14,17 @@ from effcompile.core.errors import EffError
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Hold a model in eval mode with the arguments of one call."""
+    """Hold a model in eval mode (or an exported program) with the arguments of one call."""
 
     name: str
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runnable(self) -> Callable[..., Any]:
+        """Return the model as something to call."""
+        return self.model.module() if hasattr(self.model, "graph_signature") else self.model  # type: ignore[attr-defined]
 
 
 def load_model(text: str, sizes: Mapping[str, int], dtype: Any, *, real: bool) -> LoadedModel:
@@ -43,7 +48,11 @@ def load_model(text: str, sizes: Mapping[str, int], dtype: Any, *, real: bool) -
         return LoadedModel(text, model, args, kwargs)
     if ":" in text:
         return _callable(text, sizes, dtype, real)
-    raise EffError("EFF-U110", f"`{text}` is no model: {_what(path)}", hint="zoo:NAME, package.module:callable, a folder, or a .pt2 file")
+    raise EffError(
+        "EFF-U110",
+        f"`{text}` is no model: {_what(path)}",
+        hint="zoo:NAME, package.module:callable, a folder, or a .pt2 file",
+    )
 
 
 def _what(path: Path) -> str:
@@ -82,7 +91,9 @@ def _callable(text: str, sizes: Mapping[str, int], dtype: Any, real: bool) -> Lo
 
     make = import_name(text)
     if not callable(make):
-        raise EffError("EFF-U111", f"{text} is a {type(make).__name__}, not a callable", hint="give a function without arguments")
+        raise EffError(
+            "EFF-U111", f"{text} is a {type(make).__name__}, not a callable", hint="give a function without arguments"
+        )
     given = {**sizes, **({"dtype": dtype} if dtype is not None else {})}
     taken = inspect.signature(make).parameters
     if stray := [name for name in given if name not in taken]:
@@ -105,12 +116,18 @@ def _split(text: str, made: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Accept a module alone (its inputs are guessed from its config), (module, args) and (module, args, kwargs)."""
     if isinstance(made, tuple):
         if not 2 <= len(made) <= 3 or not callable(made[0]):
-            raise EffError("EFF-U113", f"{text} returned {len(made)} values", hint="return (module, args) or (module, args, kwargs)")
+            raise EffError(
+                "EFF-U113",
+                f"{text} returned {len(made)} values",
+                hint="return (module, args) or (module, args, kwargs)",
+            )
         args = made[1] if isinstance(made[1], tuple) else (made[1],)
         return made[0], args, dict(made[2]) if len(made) == 3 else {}
     if not hasattr(made, "config") or not hasattr(made, "main_input_name"):
         raise EffError(
-            "EFF-U113", f"{text} returned a {type(made).__name__} and no inputs", hint="return (module, args) or (module, args, kwargs)"
+            "EFF-U113",
+            f"{text} returned a {type(made).__name__} and no inputs",
+            hint="return (module, args) or (module, args, kwargs)",
         )
     from effcompile.cli.huggingface import example_inputs
 

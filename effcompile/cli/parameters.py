@@ -18,12 +18,17 @@ MODEL_HELP = (
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Shape = Annotated[str, typer.Option(help="Sizes of the inputs: b=1,s=32k (batch, tokens).", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="Of weights and floating inputs: float32, bf16, fp16.", show_default=False)]
-TargetName = Annotated[str | None, typer.Option("--target", help="Device, or device:backend: sm_90, h100, cpu. Default: this machine.")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", help="Device, or device:backend: sm_90, h100, cpu. Default: this machine.")
+]
 OptionList = Annotated[
-    list[str] | None, typer.Option("--option", help="An option of the compiler, key=value; repeatable. inductor.KEY=value too.")
+    list[str] | None,
+    typer.Option("--option", help="An option of the compiler, key=value; repeatable. inductor.KEY=value too."),
 ]
 RequireList = Annotated[list[str] | None, typer.Option("--require", help="attention=all or attention=N, else exit 3.")]
-PassList = Annotated[list[str] | None, typer.Option("--pass", help="A pass of your own, package.module:Class; repeatable.")]
+PassList = Annotated[
+    list[str] | None, typer.Option("--pass", help="A pass of your own, package.module:Class; repeatable.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Real = Annotated[bool, typer.Option("--real", help="Run on the weights themselves, not on a copy without data.")]
 
@@ -115,7 +120,9 @@ def import_name(text: str) -> Any:
     try:
         module = importlib.import_module(place)
     except ImportError as error:
-        raise EffError("EFF-U206", f"cannot import {place}: {error}", hint="run it where Python finds the package") from error
+        raise EffError(
+            "EFF-U206", f"cannot import {place}: {error}", hint="run it where Python finds the package"
+        ) from error
     if not hasattr(module, name):
         public = [word for word in vars(module) if not word.startswith("_")]
         raise unknown("EFF-U206", f"name in {place}", name, public)
@@ -128,7 +135,11 @@ def _pass(text: str) -> Any:
     found = import_name(text)
     made = found() if isinstance(found, type) else found
     if not isinstance(made, Pass):
-        raise EffError("EFF-U207", f"{text} is no Pass but a {type(made).__name__}", hint="derive it from effcompile.core.rewrite.Pass")
+        raise EffError(
+            "EFF-U207",
+            f"{text} is no Pass but a {type(made).__name__}",
+            hint="derive it from effcompile.core.rewrite.Pass",
+        )
     return made
 
 

@@ -28,7 +28,9 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
         return 0
     out = stdout()
     if name is not None:
-        shown = [[key, ", ".join(map(str, value)) if isinstance(value, list) else value] for key, value in rows[0].items()]
+        shown = [
+            [key, ", ".join(map(str, value)) if isinstance(value, list) else value] for key, value in rows[0].items()
+        ]
         out.print(table(name, ("field", "value"), shown))
         return 0
     for kind, title, columns in (
@@ -38,9 +40,22 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
     ):
         found = [row for row in rows if row["kind"] == kind]
         if found:
-            out.print(table(title, columns, [["yes" if row[c] is True else "no" if row[c] is False else row[c] for c in columns] for row in found]))
+            out.print(
+                table(
+                    title,
+                    columns,
+                    [
+                        ["yes" if row[c] is True else "no" if row[c] is False else row[c] for c in columns]
+                        for row in found
+                    ],
+                )
+            )
             out.print()
-    out.print(dim('leave one out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package.module:Class'))
+    out.print(
+        dim(
+            'leave one out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package.module:Class'
+        )
+    )
     return 0
 
 
@@ -60,7 +75,11 @@ def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _described(item: Any) -> dict[str, Any]:
     text = inspect.getdoc(item) or ""
-    fields = {field.name: repr(field.default) for field in dataclasses.fields(item) if field.init} if dataclasses.is_dataclass(item) else {}
+    fields = (
+        {field.name: repr(field.default) for field in dataclasses.fields(item) if field.init}
+        if dataclasses.is_dataclass(item)
+        else {}
+    )
     return {
         "name": item.name,
         "summary": text.splitlines()[0] if text else "",

@@ -13,7 +13,9 @@ from effcompile.cli.console import bad, good, print_json, progress, stdout
 from effcompile.cli.models import LoadedModel, load_model
 
 NoCompile = Annotated[bool, typer.Option("--no-compile", help="Only interpret the graphs; do not run TorchInductor.")]
-Minify = Annotated[Path | None, typer.Option("--minify", help="Run torch's minifier on the compiled model; it writes here.")]
+Minify = Annotated[
+    Path | None, typer.Option("--minify", help="Run torch's minifier on the compiled model; it writes here.")
+]
 
 
 def repro(
@@ -37,7 +39,9 @@ def repro(
     options = given.parse_options(option, None, passes)
     with progress("bisecting", quiet=as_json) as step:
         loaded = load_model(model, given.parse_shape(shape), given.parse_dtype(dtype), real=True)
-        verdict = blame(loaded.model, *loaded.args, options=options, compiled=not no_compile, progress=step, **loaded.kwargs)
+        verdict = blame(
+            loaded.model, *loaded.args, options=options, compiled=not no_compile, progress=step, **loaded.kwargs
+        )
     advice = _advice(verdict.culprit, verdict.fuel, verdict.confirmed, context.obj, passes)
     launcher = _minify(loaded, options, minify) if minify is not None else None
     if as_json:
@@ -50,17 +54,30 @@ def repro(
         out.print(good("nothing leaves tolerance on these inputs"))
     else:
         where = f" in the graph of {verdict.graph}" if verdict.graph else ""
-        out.print(bad(f"{verdict.culprit}{where} is the first to leave tolerance") + (f": {verdict.note}" if verdict.note else ""))
+        out.print(
+            bad(f"{verdict.culprit}{where} is the first to leave tolerance")
+            + (f": {verdict.note}" if verdict.note else "")
+        )
         if verdict.confirmed is not None:
-            out.print("  without it the result is right again" if verdict.confirmed else "  but leaving it out does not mend the result")
+            out.print(
+                "  without it the result is right again"
+                if verdict.confirmed
+                else "  but leaving it out does not mend the result"
+            )
     for line in advice:
         out.print(f"  {line}", soft_wrap=True)
     if minify is not None:
-        out.print(f"  minifier: {launcher}" if launcher else "  minifier: the compiled model is within its tolerance, nothing written")
+        out.print(
+            f"  minifier: {launcher}"
+            if launcher
+            else "  minifier: the compiled model is within its tolerance, nothing written"
+        )
     return 1 if verdict.culprit else 0
 
 
-def _advice(culprit: str | None, fuel: int | None, confirmed: bool | None, argv: object, mine: list[str] | None) -> list[str]:
+def _advice(
+    culprit: str | None, fuel: int | None, confirmed: bool | None, argv: object, mine: list[str] | None
+) -> list[str]:
     if culprit is None:
         return []
     words = [word for word in argv if word not in ("--json",)] if isinstance(argv, tuple) else []
@@ -89,7 +106,7 @@ def _minify(loaded: LoadedModel, options: dict[str, Any], folder: Path) -> Path 
     args, kwargs = copy.deepcopy((loaded.args, loaded.kwargs))
     with torch._dynamo.config.patch(settings), torch.no_grad():
         try:
-            torch.compile(loaded.model, backend="eff", options=options or None)(*args, **kwargs)
+            torch.compile(loaded.runnable, backend="eff", options=options or None)(*args, **kwargs)
         except Exception as error:  # the minifier reports a failed check by raising
             if "Accuracy" not in type(error).__name__ and "accuracy" not in str(error).lower():
                 raise

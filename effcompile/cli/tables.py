@@ -10,14 +10,16 @@ from rich.text import Text
 from effcompile.cli.console import bad, dim, good, table
 from effcompile.core.plan import Plan
 from effcompile.numerics import GraphLedger
-from effcompile.planning.explain import Explanation, duration, fold, groups, headline, sizes
+from effcompile.planning.explain import Explanation, brief, duration, fold, groups, headline, sizes
 from effcompile.planning.ledger import Row
 
 
 def draw_explanation(out: Console, found: Explanation, why_not: bool = True) -> None:
     """Print the headline, sites, crossovers, what was kept, breaks, passes and the modelled total."""
     missed = bool(found.not_rewritten)
-    out.print(Text.assemble((found.model, "bold"), f"  on {found.target} ({found.device.name}), weights: {found.weights}"))
+    out.print(
+        Text.assemble((found.model, "bold"), f"  on {found.target} ({found.device.name}), weights: {found.weights}")
+    )
     out.print(bad(headline(found)) if missed or found.stop else good(headline(found)))
     if found.stop:
         out.print(bad(f"stopped early, so this is not the whole model: {found.stop}"), soft_wrap=True)
@@ -44,12 +46,14 @@ def _draw_sites(out: Console, found: Explanation) -> None:
     for group in groups(found.sites):
         row = group.first
         least = f"{duration(row.floor.seconds)} {row.floor.bound}"
-        rows.append([group.places, sizes(row.site), row.site.mask, good(row.kernel), duration(group.seconds), row.tag, least])
+        rows.append(
+            [group.places, sizes(row.site), row.site.mask, good(row.kernel), duration(group.seconds), row.tag, least]
+        )
     if rows:
         out.print()
         columns = ("site", "shape", "mask", "kernel", "time, all", "", "floor, each")
         out.print(table("Attention", columns, rows, right=("time, all",)))
-    sources = {row.site.source: None for group in groups(found.sites) for row in group.rows if row.site.source}
+    sources = {brief(row.site.source): None for group in groups(found.sites) for row in group.rows if row.site.source}
     if sources:
         out.print(dim(f"in {', '.join(list(sources)[:4])}{' and more' if len(sources) > 4 else ''}"), soft_wrap=True)
     lines = {f"{item}": None for group in groups(found.sites) for item in group.first.pays if item.decides}
@@ -61,14 +65,20 @@ def _draw_not_rewritten(out: Console, found: Explanation) -> None:
     kept = found.not_rewritten
     if kept:
         out.print()
-        out.print(table("Kept as it was", ("where", "why", "source"), [[bad(place), why, source] for place, source, why in kept]))
+        out.print(
+            table(
+                "Kept as it was",
+                ("where", "why", "source"),
+                [[bad(place), why, brief(source)] for place, source, why in kept],
+            )
+        )
     absent = [item for item in found.unseen if not item.called]
     if absent:
         out.print()
         out.print(f"Not called: {fold([item.module for item in absent])} ({absent[0].reason})")
     if found.breaks:
         out.print()
-        rows = [[b.source or "?", b.module or "-", b.reason] for b in found.breaks]
+        rows = [[brief(b.source) or "?", b.module or "-", b.reason] for b in found.breaks]
         out.print(table("Graph breaks", ("source", "module", "reason"), rows))
     refused = [[graph.owner or "the model", str(graph.refusal)] for graph in found.graphs if graph.refusal]
     if refused:
@@ -103,7 +113,9 @@ def _draw_passes(out: Console, found: Explanation) -> None:
 
 def draw_plan(out: Console, plan: Plan, why_not: bool) -> None:
     """Print the choices of a plan, equal sites together, and with `why_not` everything that was declined."""
-    out.print(Text.assemble(("plan ", "dim"), (plan.hash, "bold"), f"  target {plan.target}, {len(plan.fingerprints)} sites"))
+    out.print(
+        Text.assemble(("plan ", "dim"), (plan.hash, "bold"), f"  target {plan.target}, {len(plan.fingerprints)} sites")
+    )
     chosen: dict[tuple[str, str, str], list[str]] = {}
     for choice in plan.choices:
         price = "" if choice.seconds is None else f"{duration(choice.seconds)} {choice.tag}"
@@ -127,7 +139,9 @@ def draw_ledgers(out: Console, ledgers: Sequence[GraphLedger]) -> None:
     """Print the error that each pass adds."""
     for item in ledgers:
         out.print()
-        title = f"Numerics of {item.owner or 'the model'} (within: RMSE at most {item.ledger.multiplier:g}x that of eager)"
+        title = (
+            f"Numerics of {item.owner or 'the model'} (within: RMSE at most {item.ledger.multiplier:g}x that of eager)"
+        )
         out.print(draw_rows(title, item.ledger.rows))
 
 

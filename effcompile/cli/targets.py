@@ -24,7 +24,11 @@ def targets(name: Name = None, as_json: given.AsJson = False) -> int:
         if as_json:
             print_json(device.to_json())
             return 0
-        rows = [[key, _shown(value), dim("modelled") if key in device.modelled else ""] for key, value in device.to_json().items() if key != "modelled"]
+        rows = [
+            [key, _shown(value), dim("modelled") if key in device.modelled else ""]
+            for key, value in device.to_json().items()
+            if key != "modelled"
+        ]
         stdout().print(table(device.name, ("field", "value", ""), rows))
         return 0
     if as_json:
@@ -33,13 +37,17 @@ def targets(name: Name = None, as_json: given.AsJson = False) -> int:
     rows = []
     for device in catalog:
         half = next((kind for kind in ("bfloat16", "float16") if device.supports(kind)), "float32")
-        present = "this machine" if device.word in here or device.compute in here or (device.kind == "cpu" and "cpu" in here) else ""
+        present = (
+            "this machine"
+            if device.word in here or device.compute in here or (device.kind == "cpu" and "cpu" in here)
+            else ""
+        )
         rows.append(
             [
                 device.word,
                 device.name,
                 device.compute,
-                f"{device.peak(half) / 1e12:,.3g} {half}",
+                f"{_rate(device.peak(half) / 1e12)} {half}",
                 f"{device.memory_bandwidth / 1e12:.3g}",
                 f"{device.memory_bytes / 1e9:.0f}",
                 "modelled" if "peak_flops" in device.modelled else "data sheet",
@@ -48,7 +56,9 @@ def targets(name: Name = None, as_json: given.AsJson = False) -> int:
         )
     columns = ("target", "chip", "compute", "TFLOP/s", "TB/s", "GB", "rates", "")
     stdout().print(table("Targets", columns, rows, right=("TFLOP/s", "TB/s", "GB")))
-    stdout().print(dim("write DEVICE or DEVICE:BACKEND, for example sm_90, h100, sm_120:tensorrt-rtx; eff targets NAME shows one"))
+    stdout().print(
+        dim("write DEVICE or DEVICE:BACKEND, for example sm_90, h100, sm_120:tensorrt-rtx; eff targets NAME shows one")
+    )
     return 0
 
 
@@ -67,3 +77,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {rate:.3g}" for key, rate in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

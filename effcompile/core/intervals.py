@@ -7,6 +7,7 @@ is kept, `some` wherever one might be, so that a kernel that checks partial bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from effcompile.core.expr import BOOL, KEY, QUERY, Expr, axes_of
 from effcompile.core.expr_eval import evaluate
 
-_FAR = 2**62
 Bounds = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -28,9 +28,11 @@ def block_bounds(
 ) -> Bounds:
     """Return (every, some): bool `[B|1, H|1, ceil(Q/bq), ceil(K/bk)]`, for extents (B, H, Q, K) and blocks (bq, bk)."""
     axes = [
-        torch.arange(n, device=device).reshape([n if d == place else 1 for d in range(4)]) for place, n in enumerate(extents)
+        torch.arange(n, device=device).reshape([n if d == place else 1 for d in range(4)])
+        for place, n in enumerate(extents)
     ]
     memo: dict[Expr, Bounds] = {}
+    zero = torch.zeros((1, 1, 1, 1), dtype=torch.float64, device=device)
 
     def run(node: Expr) -> Bounds:
         if node not in memo:
@@ -41,10 +43,13 @@ def block_bounds(
     def exact(node: Expr, depends: frozenset[int]) -> Bounds:
         value = evaluate(node, axes, loads, sizes)
         value = value.reshape([1] * (4 - value.dim()) + list(value.shape)) if value.dim() < 4 else value
-        if not depends:
-            return value, value
-        dim = next(iter(depends))
-        return reduce_blocks(value, dim, blocks[dim - QUERY])
+        low, high = (value, value) if not depends else _reduced(value, next(iter(depends)), blocks)
+        # Bounds of numbers are float64: exact for every index, and infinite where nothing is known, without wrapping around.
+        if value.dtype == BOOL:
+            return low, high
+        return low.double().nan_to_num(-math.inf, math.inf, -math.inf), high.double().nan_to_num(
+            math.inf, math.inf, -math.inf
+        )
 
     def mixed(node: Expr) -> Bounds:
         if node.op in _RULES:
@@ -52,17 +57,23 @@ def block_bounds(
         if node.op == "floordiv" and node.args[1].is_const and int(node.args[1].value or 0) > 0:
             low, high = run(node.args[0])
             by = int(node.args[1].value or 1)
-            return torch.div(low, by, rounding_mode="floor"), torch.div(high, by, rounding_mode="floor")
+            return torch.floor(low / by), torch.floor(high / by)
+        if node.op == "mod" and node.args[1].is_const and int(node.args[1].value or 0) > 0:
+            by = int(node.args[1].value or 1)
+            return zero, zero + (by - 1)
         if node.dtype == BOOL:
             unknown = torch.zeros((1, 1, 1, 1), dtype=BOOL, device=device)
             return unknown, ~unknown
-        far = torch.full((1, 1, 1, 1), _FAR, device=device)
-        return -far, far
+        return zero - math.inf, zero + math.inf
 
     every, some = run(expr)
     shape = [max(every.shape[0], some.shape[0]), max(every.shape[1], some.shape[1])]
     shape += [-(-extents[2] // blocks[0]), -(-extents[3] // blocks[1])]
     return every.expand(shape), some.expand(shape)
+
+
+def _reduced(value: torch.Tensor, dim: int, blocks: tuple[int, int]) -> Bounds:
+    return reduce_blocks(value, dim, blocks[dim - QUERY])
 
 
 def reduce_blocks(value: torch.Tensor, dim: int, block: int) -> Bounds:
@@ -88,7 +99,9 @@ def _add(args: list[Bounds]) -> Bounds:
 
 def _mul(args: list[Bounds]) -> Bounds:
     (a, b), (c, d) = args
-    products = torch.broadcast_tensors(a * c, a * d, b * c, b * d)
+    products = torch.broadcast_tensors(
+        *(torch.nan_to_num(x, 0.0, math.inf, -math.inf) for x in (a * c, a * d, b * c, b * d))
+    )
     stacked = torch.stack(products)
     return stacked.amin(0), stacked.amax(0)
 

@@ -85,6 +85,14 @@ def window_left(part: Expr) -> Expr | None:
     return from_terms(terms, number)
 
 
+def window_both(part: Expr) -> Expr | None:
+    """Return `w` where the condition is |q - k| <= w, else None."""
+    if part.op != "le" or part.args[0].op != "abs" or axes_of(part.args[1]):
+        return None
+    terms, number = linear(part.args[0].args[0])
+    return part.args[1] if number == 0 and sorted((terms.get(Q, 0), terms.get(K, 0))) == [-1, 1] and len(terms) == 2 else None
+
+
 def from_terms(terms: dict[Expr, int], number: int) -> Expr:
     """Return the sum of a linear form as an expression."""
     total = const(number)
@@ -144,6 +152,8 @@ def describe(part: Expr) -> str:
         return "causal" if offset == const(0) else f"causal(offset={show(offset)})"
     if (left := window_left(part)) is not None:
         return f"window({show(left)})"
+    if (width := window_both(part)) is not None:
+        return f"window(+-{show(width)})"
     if key_padding_slot(part) is not None:
         return "key-padding"
     if document_slot(part) is not None:

@@ -2,8 +2,8 @@
 
     python -m effcompile.demo.arm MODEL BACKEND
 
-Requests and answers are JSON lines on stdin and stdout; whatever else prints goes to stderr. `first` makes the call that
-compiles, `run` a timed one. The log-likelihoods that `run` returns come from the logits of that same call.
+Requests and answers are JSON lines on stdin and stdout; whatever else prints goes to stderr. `first` makes the call
+that compiles, `run` a timed one. The log-likelihoods that `run` returns come from the logits of that same call.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effcompile.core.errors import EffError
 from effcompile.demo.circumstances import Load, between, machine, read_load, versions
@@ -16,7 +17,7 @@ from effcompile.demo.results import TITLES, Cell, Results
 
 ARMS = ("eager", "inductor", "eff")
 SETTLE = 0.05
-"""Seconds of rest before a timed call: the previous arm's threads stop spinning on the cores that the next one needs."""
+"""Seconds of rest before a timed call, in which the previous arm's threads stop spinning on the cores it needs."""
 
 Windows = dict[int, list[list[int]]]
 """Token ids by length: one window a round."""
@@ -39,8 +40,8 @@ class Job:
         return len(self.arms) * (1 + sum(1 + len(windows) for windows in self.windows.values()))
 
 
-Progress = Callable[[str, int], None]
-"""Told what begins now, and how many steps are done since the last call."""
+Progress = Callable[[str], None]
+"""Told what begins now, once a step."""
 
 
 def real_windows(tokenizer: object, lengths: Sequence[int], rounds: int) -> tuple[Windows, str, tuple[str, ...]]:
@@ -67,19 +68,17 @@ def measure(job: Job, progress: Progress) -> Results:
     with tempfile.TemporaryDirectory(prefix="eff-demo-") as folder, contextlib.ExitStack() as stack:
         arms = {name: stack.enter_context(ArmProcess(job.model, name, Path(folder))) for name in job.arms}
         for name, arm in arms.items():
-            progress(f"{_title(name)}: loading the model", 0)
+            progress(f"{_title(name)}: loading the model")
             arm.wait_ready()
-            progress("", 1)
         for length, windows in job.windows.items():
             first = {name: _first(name, arm, windows[0], progress) for name, arm in arms.items()}
             begin = read_load([arm.pid for arm in arms.values()])
-            answers: dict[str, list[dict[str, object]]] = {name: [] for name in arms}
+            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
             for number, ids in enumerate(windows):
                 for name, arm in arms.items():
-                    progress(f"{_title(name)}: {length} tokens, round {number + 1} of {len(windows)}", 0)
+                    progress(f"{_title(name)}: {length} tokens, round {number + 1} of {len(windows)}")
                     time.sleep(SETTLE)
                     answers[name].append(arm.ask("run", ids))
-                    progress("", 1)
             loads.append(between(begin, read_load([arm.pid for arm in arms.values()])))
             cells.extend(_cell(name, length, first[name], answers[name]) for name in arms)
         reports = {name: arm.ask("report") for name, arm in arms.items()}
@@ -99,24 +98,20 @@ def measure(job: Job, progress: Progress) -> Results:
 
 
 def _first(name: str, arm: ArmProcess, ids: Sequence[int], progress: Progress) -> float:
-    progress(f"{_title(name)}: {'first call' if name == 'eager' else 'compiling for'} {len(ids)} tokens", 0)
+    progress(f"{_title(name)}: {'first call' if name == 'eager' else 'compiling for'} {len(ids)} tokens")
     seconds = float(arm.ask("first", ids)["seconds"])
-    progress("", 1)
     return seconds
 
 
-def _cell(name: str, length: int, first: float, answers: Sequence[dict[str, object]]) -> Cell:
-    def column(key: str) -> list[object]:
-        return [answer[key] for answer in answers]
-
+def _cell(name: str, length: int, first: float, answers: Sequence[dict[str, Any]]) -> Cell:
     return Cell(
         name,
         length,
-        tuple(map(float, column("seconds"))),  # type: ignore[arg-type]
-        first,
-        tuple(tuple(scores) for scores in column("scores")),  # type: ignore[arg-type]
-        max(map(int, column("peak"))),  # type: ignore[call-overload]
-        max(map(int, column("rise"))),  # type: ignore[call-overload]
+        seconds=tuple(float(answer["seconds"]) for answer in answers),
+        first_seconds=first,
+        scores=tuple(tuple(answer["scores"]) for answer in answers),
+        peak=max(int(answer["peak"]) for answer in answers),
+        rise=max(int(answer["rise"]) for answer in answers),
     )
 
 

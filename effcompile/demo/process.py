@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -39,16 +40,14 @@ class ArmProcess:
 
     def wait_ready(self) -> None:
         """Wait until the weights are loaded."""
-        self._read("load the model")
+        self._read("load")
 
     def ask(self, do: str, ids: Sequence[int] | None = None) -> dict[str, Any]:
         """Send one request and return the answer; raise EFF-D001 with the arm's last words where it died."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died between two requests; reading finds out how
             self._process.stdin.write(json.dumps({"do": do} | ({} if ids is None else {"ids": list(ids)})) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died between two requests; reading finds out how
         return self._read(do)
 
     def _read(self, doing: str) -> dict[str, Any]:
@@ -57,10 +56,10 @@ class ArmProcess:
         if line:
             return dict(json.loads(line))
         code = self._process.wait()
-        words = [text for text in self._log.read_text(errors="replace").splitlines() if text.strip()]
+        words = [text.strip() for text in self._log.read_text(errors="replace").splitlines() if text.strip()]
         raise EffError(
             "EFF-D001",
-            f"the {self.backend} arm ended with {code} while it had to {doing}: {words[-1].strip() if words else 'no message'}",
+            f"the {self.backend} arm ended with {code} in `{doing}`: {words[-1] if words else 'no message'}",
             hint="eff doctor",
         )
 
@@ -72,10 +71,8 @@ class ArmProcess:
     ) -> None:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
         if kind is not None:
             self._process.kill()
         self._process.wait()

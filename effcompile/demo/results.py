@@ -20,9 +20,9 @@ TITLES = {"eager": "PyTorch eager", "inductor": "TorchInductor", "eff": "eff"}
 class Cell:
     """Hold one arm at one length.
 
-    `seconds` are the timed calls, one a round; `first_seconds` is the call before them, which compiles; `scores` are the
-    log-likelihoods (nats) of every next token, one tuple a round, from the logits of the timed calls; `peak` is the most memory
-    the process held during a timed call and `rise` how far that was above what it held before it (bytes).
+    `seconds` are the timed calls, one a round; `first_seconds` is the call before them, which compiles; `scores` are
+    the log-likelihoods (nats) of every next token, one tuple a round, from the logits of the timed calls; `peak` is the
+    most memory the process held during a timed call and `rise` how far that was above what it held before it (bytes).
     """
 
     arm: str
@@ -46,12 +46,13 @@ class Cell:
     @property
     def perplexity(self) -> float:
         """Return exp of the mean negative log-likelihood over all rounds' tokens."""
-        tokens = [value for scores in self.scores for value in scores]
-        return math.exp(-statistics.fmean(tokens))
+        return math.exp(-statistics.fmean(_flat(self)))
 
     @property
     def spread(self) -> float:
-        """Return the distance between the quartiles over the median."""
+        """Return the distance between the quartiles over the median; 0 for a single round."""
+        if len(self.seconds) < 2:
+            return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / self.latency
 
@@ -69,6 +70,10 @@ class Cell:
             "peak_bytes": self.peak,
             "rise_bytes": self.rise,
         }
+
+
+def _flat(cell: Cell) -> list[float]:
+    return [value for scores in cell.scores for value in scores]
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Results:
                 f"The arms agree: perplexities differ by at most {worst:.1e} relative (limit {AGREEMENT:g}), "
                 f"the log-likelihood of a single token by at most {token:.1e} nats."
             )
-        return f"THE ARMS DISAGREE: perplexities differ by {worst:.2e} relative, more than {AGREEMENT:g}. Please report this."
+        return f"THE ARMS DISAGREE: perplexities differ by {worst:.2e} relative, more than {AGREEMENT:g}."
 
     def noise(self) -> tuple[str, ...]:
         """Return why the timings are to be taken with care; empty on a quiet machine."""
@@ -142,10 +147,8 @@ class Results:
             found.append(f"other processes used {worst.others:.2g} of {worst.cores} cores during the timed calls")
         loose = max(self.cells, key=lambda cell: cell.spread)
         if loose.spread > NOISY_SPREAD:
-            found.append(
-                f"the rounds of {TITLES.get(loose.arm, loose.arm)} at {loose.length} tokens spread by {loose.spread:.0%} "
-                f"of their median (limit {NOISY_SPREAD:.0%})"
-            )
+            where = f"{TITLES.get(loose.arm, loose.arm)} at {loose.length} tokens"
+            found.append(f"the rounds of {where} spread by {loose.spread:.0%} of their median")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def attention_padded(
     batch, heads, rows, _ = q.shape
     out = q.new_empty((batch, heads, rows, v.shape[3]))
     spans = _spans(kept.expand(batch, kept.shape[-1]))
-    if len(set(spans)) == 1:
+    if len(set(spans)) == 1 and (spans[0][2] or kept.shape[0] == 1):
         _padded_slice(out, q, k, v, kept[:1], spans[0], causal, empty_row, scale)
         return out
     for number, span in enumerate(spans):
@@ -257,5 +257,3 @@ def register() -> None:
         block_map,
         _fake_map,
     )
-
-

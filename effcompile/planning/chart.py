@@ -45,7 +45,9 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[int, int]], int, int]]) -
     def at(length: int) -> float:
         return _LABEL + room * math.log(length / low) / math.log(high / low)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="lengths at which a kernel pays" class="chart">']
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="lengths at which a kernel pays" class="chart">'
+    ]
     ticks = [length for length in (2**power for power in range(4, 21)) if low <= length <= high]
     for length in ticks:
         name = f"{length // 1024}k" if length >= 1024 else str(length)
@@ -56,5 +58,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[int, int]], int, int]]) -
         parts.append(f'<text x="{_LABEL - 8}" y="{top + 15}" text-anchor="end">{escape(label)}</text>')
         for begin, end in ranges:
             width = max(2.0, at(end) - at(begin))
-            parts.append(f'<rect x="{at(begin):.1f}" y="{top + 2}" width="{width:.1f}" height="18" rx="2" class="floor"/>')
+            parts.append(
+                f'<rect x="{at(begin):.1f}" y="{top + 2}" width="{width:.1f}" height="18" rx="2" class="floor"/>'
+            )
     return "".join([*parts, "</svg>"])

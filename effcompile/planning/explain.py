@@ -25,11 +25,13 @@ SCHEMA = 1
 class SiteRow:
     """Describe a site: where it is, what will run it, what declined, and its price in seconds.
 
-    `id` is its path in the module tree, `instances` how many modules run the same graph (more than one only after a break).
+    `id` is its path in the module tree. After a graph break one graph serves every layer of the same code: `places` are the paths
+    of all of them, `instances` how often the graph ran.
     """
 
     id: str
     graph: int
+    places: tuple[str, ...]
     instances: int
     site: AttentionSite
     kernel: str
@@ -46,6 +48,7 @@ class SiteRow:
             **self.site.to_json(),
             "id": self.id,
             "graph": self.graph,
+            "places": list(self.places),
             "instances": self.instances,
             "kernel": self.kernel,
             "reason": self.reason,
@@ -136,7 +139,7 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Hold a dry run of one model for one target. `weights` is meta (none read) or real (the model ran on its own)."""
+    """Hold a dry run of one model for one target. `weights` is `not read` or `real`."""
 
     model: str
     target: str
@@ -258,7 +261,7 @@ def groups(rows: Sequence[SiteRow]) -> tuple[Group, ...]:
         site = {**row.site.to_json(), "id": "", "source": ""}
         key = (*sorted((k, str(v)) for k, v in site.items()), row.kernel, *(str(d.refusal) for d in row.declined))
         found.setdefault(key, []).append(row)
-    return tuple(Group(fold([row.id for row in same]), tuple(same)) for same in found.values())
+    return tuple(Group(fold([place for row in same for place in row.places]), tuple(same)) for same in found.values())
 
 
 def fold(names: Sequence[str]) -> str:
@@ -289,6 +292,11 @@ def sizes(site: AttentionSite) -> str:
     heads = f"{site.heads}" if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
     lengths = f"{site.q_len}" if site.q_len == site.kv_len else f"{site.q_len}x{site.kv_len}"
     return f"B={site.batch} H={heads} S={lengths} D={site.head_dim} {site.dtype}"
+
+
+def brief(source: str) -> str:
+    """Write `file:line` without the way to the installed packages."""
+    return source.rpartition("/site-packages/")[2]
 
 
 def duration(seconds: float) -> str:
@@ -322,17 +330,25 @@ def text(explanation: Explanation) -> str:
         lines.append(f"    {sizes(row.site)}  mask {row.site.mask}")
         lines.append(
             f"    {row.kernel}: {duration(group.seconds)} ({row.tag}); floor {duration(row.floor.seconds)} a site "
-            f"({row.floor.bound})   {row.site.source}"
+            f"({row.floor.bound})   {brief(row.site.source)}"
         )
         lines.extend(f"    {item}" for item in row.pays if item.decides)
         lines.extend(f"    not {item.policy}: {item.refusal}" for item in row.declined)
-    lines.extend(f"  kept {place} ({source or 'no source'}): {reason}" for place, source, reason in explanation.not_rewritten)
+    lines.extend(
+        f"  kept {place} ({brief(source) or 'no source'}): {reason}"
+        for place, source, reason in explanation.not_rewritten
+    )
     lines.extend(f"  not called: {item.module} ({item.type})" for item in explanation.unseen if not item.called)
-    lines.extend(f"  break at {b.source or '?'}{' in ' + b.module if b.module else ''}: {b.reason}" for b in explanation.breaks)
+    lines.extend(
+        f"  break at {brief(b.source) or '?'}{' in ' + b.module if b.module else ''}: {b.reason}"
+        for b in explanation.breaks
+    )
     lines.extend(f"  graph of {g.owner or 'the model'}: {g.refusal}" for g in explanation.graphs if g.refusal)
     if explanation.stop:
         lines.append(f"  stopped early: {explanation.stop}")
-    total = f"attention {duration(explanation.attention_seconds)}, other products {duration(explanation.products_seconds)}"
+    total = (
+        f"attention {duration(explanation.attention_seconds)}, other products {duration(explanation.products_seconds)}"
+    )
     lines.append(f"modelled: {total}")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from effcompile.planning import chart
-from effcompile.planning.explain import Explanation, Group, duration, fold, groups, headline, sizes
+from effcompile.planning.explain import Explanation, Group, brief, duration, fold, groups, headline, sizes
 
 if TYPE_CHECKING:
     from effcompile.planning.ledger import Ledger
@@ -136,7 +136,7 @@ def _sites(explanation: Explanation) -> str:
                 f"<b>{_t(row.kernel)}</b><br><span class=dim>{_t(row.reason)}</span>",
                 f"{_t(duration(group.seconds))} <span class=dim>{_t(row.tag)}</span>",
                 f"{_t(duration(row.floor.seconds))} <span class=dim>{_t(row.floor.bound)}</span>",
-                f"<code>{_t(row.site.source)}</code>",
+                f"<code>{_t(brief(row.site.source))}</code>",
             ]
         )
     return _rows(("site", "shape", "mask", "kernel", "time, all", "floor, each", "source"), rows)
@@ -153,12 +153,20 @@ def _crossovers(explanation: Explanation) -> str:
 
 
 def _kept(explanation: Explanation) -> str:
-    rows = [[f"<code>{_t(p)}</code>", _t(why), f"<code>{_t(s)}</code>"] for p, s, why in explanation.not_rewritten]
-    return _rows(("where", "why", "source"), rows) or '<p class="good">Nothing: every attention that ran was rewritten.</p>'
+    rows = [
+        [f"<code>{_t(p)}</code>", _t(why), f"<code>{_t(brief(s))}</code>"] for p, s, why in explanation.not_rewritten
+    ]
+    return (
+        _rows(("where", "why", "source"), rows)
+        or '<p class="good">Nothing: every attention that ran was rewritten.</p>'
+    )
 
 
 def _breaks(explanation: Explanation) -> str:
-    rows = [[f"<code>{_t(b.source)}</code>", f"<code>{_t(b.module)}</code>", _t(b.reason)] for b in explanation.breaks]
+    rows = [
+        [f"<code>{_t(brief(b.source))}</code>", f"<code>{_t(b.module)}</code>", _t(b.reason)]
+        for b in explanation.breaks
+    ]
     return _rows(("source", "module", "reason"), rows)
 
 
@@ -212,5 +220,7 @@ def _plans(explanation: Explanation) -> str:
             continue
         text = json.dumps(json.loads(graph.plan.to_json()), indent=1)
         name = f"graph {number}" + (f" ({graph.owner})" if graph.owner else "")
-        parts.append(f"<details><summary>{_t(name)}, plan {_t(graph.plan.hash)}</summary><pre>{_t(text)}</pre></details>")
+        parts.append(
+            f"<details><summary>{_t(name)}, plan {_t(graph.plan.hash)}</summary><pre>{_t(text)}</pre></details>"
+        )
     return "".join(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -44,8 +44,14 @@ class SdpaDense(AttentionKernel):
         if mask is None:
             raise RewriteError("EFF-X905", f"site {site.id} has no mask tensor", site=site.id)
         wanted, has = call.q.meta["val"].dtype, mask.meta["val"].dtype
-        if has not in (torch.bool, wanted):
-            mask = edit.call(torch.ops.aten.to.dtype, mask, wanted)
         if mask.meta["val"].dim() == 3:
             mask = edit.call(torch.ops.aten.unsqueeze.default, mask, 0)
-        return emit_sdpa(edit, call, mask, False)
+        if has in (torch.bool, wanted):
+            return emit_sdpa(edit, call, mask, False)
+        if isinstance(site.mask, Mask) and site.mask.bias is None and site.mask.empty_row in ("never", "zero"):
+            return emit_sdpa(edit, call, edit.call(torch.ops.aten.to.dtype, mask, wanted), False)
+        # A narrower mask would round its addends, and turn the least float32 into -inf, which changes rows without keys.
+        wide = torch.promote_types(has, wanted)
+        q, k, v, mask = (edit.call(torch.ops.aten.to.dtype, x, wide) for x in (call.q, call.k, call.v, mask))
+        result = emit_sdpa(edit, replace(call, q=q, k=k, v=v), mask, False)
+        return edit.call(torch.ops.aten.to.dtype, result, wanted, like=node)

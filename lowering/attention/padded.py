@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -57,12 +57,14 @@ class SdpaPadded(AttentionKernel):
         slot = key_padding_slot(part)
         assert slot is not None
         source = call.loads[slot]
-        kept = edit.shared(("kept", source, part), (source,), lambda: self._kept(edit, source, part))
+        sizes = (call.q.meta["val"].shape[0], call.k.meta["val"].shape[2])
+        key = ("kept", source, part, str(sizes))
+        kept = edit.shared(key, (source,), lambda: self._kept(edit, source, part, sizes))
         causal = any(causal_offset(p) is not None for p in site.mask.parts())
         op = torch.ops.eff.attention_padded_v1.default
         return edit.call(op, call.q, call.k, call.v, kept, causal, call.empty_row, call.scale, like=node)
 
-    def _kept(self, edit: Editor, source: fx.Node, part: object) -> fx.Node:
+    def _kept(self, edit: Editor, source: fx.Node, part: object, sizes: tuple[Any, Any]) -> fx.Node:
         from effcompile.core.expr import BATCH, KEY, Expr, axes_of
 
         assert isinstance(part, Expr)
@@ -75,4 +77,8 @@ class SdpaPadded(AttentionKernel):
             node = edit.call(aten.unsqueeze.default, node, 0)
         elif [int(arg.value or 0) for arg in load.args if arg.op == "axis"] == [KEY, BATCH]:
             node = edit.call(aten.transpose.int, node, 0, 1)
+        for dim, wanted in enumerate(sizes):  # the model may have made its mask for more keys, or sequences
+            has = node.meta["val"].shape[dim]
+            if str(has) != str(wanted) and str(has) != "1":
+                node = edit.call(aten.slice.Tensor, node, dim, 0, edit.size(wanted))
         return node if node.meta["val"].dtype == torch.bool else edit.call(aten.ne.Scalar, node, 0)

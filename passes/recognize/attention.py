@@ -103,7 +103,7 @@ class _Raiser:
         with edit.before(anchor):
             q, k, v = match.q(edit), match.k(edit), match.v(edit)
             shape, keys = q.meta["val"].shape, k.meta["val"].shape
-            read = self._read(match, shape[2], keys[2])
+            read = self._read(match, shape, keys[2])
             mask = read.mask
             given = self._tensor(match, shape, keys)
             if isinstance(mask, Mask) and match.causal:
@@ -166,7 +166,7 @@ class _Raiser:
 
     # --- masks ---------------------------------------------------------------------------------------------------------
 
-    def _read(self, match: Match, q_len: Any, k_len: Any) -> ReadMask:
+    def _read(self, match: Match, shape: Any, k_len: Any) -> ReadMask:
         """Combine the terms into one predicate; equal terms are read once for all layers."""
         if match.causal:
             if match.terms:
@@ -176,17 +176,18 @@ class _Raiser:
             return ReadMask(Mask())
         rule: EmptyRow = "zero" if match.idiom.startswith("sdpa") else "nan"
         states = tuple(self._aliases.last_write(term.node, self._place(term, match)) for term in match.terms)
-        key = (match.terms, states, str(q_len), str(k_len), rule, str(match.rank3))
+        key = (match.terms, states, str(shape[:3]), str(k_len), rule, str(match.rank3))
         if key not in self._masks:
-            self._masks[key] = self._combine(match, q_len, k_len, rule)
+            self._masks[key] = self._combine(match, shape, k_len, rule)
         return self._masks[key]
 
     def _place(self, term: Term, match: Match) -> int:
         """Return where the source reads a mask: what is written in place later is not seen."""
         return self._aliases.order[term.reader or match.anchor]
 
-    def _combine(self, match: Match, q_len: Any, k_len: Any, rule: EmptyRow) -> ReadMask:
-        reader = Reader(self.edit.graph, self._rules, self._buffers)
+    def _combine(self, match: Match, shape: Any, k_len: Any, rule: EmptyRow) -> ReadMask:
+        q_len = shape[2]
+        reader = Reader(self.edit.graph, self._rules, self._buffers, extents=(*shape[:3], k_len))
         try:
             value: Expr | None = None
             for term in match.terms:

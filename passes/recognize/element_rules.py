@@ -64,7 +64,7 @@ def _slice(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dim = int(argument(node, 1, "dim", 0)) % len(index)
-    begin = slice_begin(reader, reader.shape(source)[dim], argument(node, 2, "start"))
+    begin = slice_begin(reader, node, dim, argument(node, 2, "start"))
     moved = apply("add", apply("mul", index[dim], reader.number(argument(node, 4, "step", 1))), begin)
     return reader.element(source, (*index[:dim], moved, *index[dim + 1 :]), at)
 
@@ -230,6 +230,17 @@ def _masked_fill(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     return apply("where", mask, fill, value)
 
 
+def _extreme(name: str) -> Rule:
+    """Read the two-operand form of `min` and `max`; a reduction is a load."""
+
+    def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
+        if len(node.args) != 2 or not isinstance(node.args[1], fx.Node):
+            return reader.leaf(node, index)
+        return _combine(name, [reader.element(arg, index, at) for arg in node.args], _checked(node))
+
+    return rule
+
+
 def _triangle(upper: bool) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
         value = reader.element(node.args[0], index, at)
@@ -253,7 +264,10 @@ def _clamp(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def rules() -> dict[str, Rule]:
     """Return every rule by ATen name; in-place spellings share the rule of the functional one."""
-    table: dict[str, Rule] = dict.fromkeys(["alias", "detach", "clone", "contiguous", "expand", "expand_as", "lift_fresh", "lift_fresh_copy", "view_as"], _same)
+    table: dict[str, Rule] = dict.fromkeys(
+        ["alias", "detach", "clone", "contiguous", "expand", "expand_as", "lift_fresh", "lift_fresh_copy", "view_as"],
+        _same,
+    )
     table |= {"unsqueeze": _unsqueeze, "squeeze": _squeeze, "transpose": _transpose, "t": _t, "permute": _permute}
     table |= {"slice": _slice, "select": _select, "repeat": _repeat}
     table |= dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _reshape)
@@ -261,7 +275,10 @@ def rules() -> dict[str, Rule]:
     table |= {"new_full": _filled(2, "fill_value"), "scalar_tensor": _filled(0, "s")}
     table |= dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(1))
     table |= dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _constant(0))
-    table |= {name: _pointwise(name) for name in ["add", "sub", "mul", "minimum", "maximum", "le", "lt", "ge", "gt", "eq", "ne", "pow"]}
+    table |= {
+        name: _pointwise(name)
+        for name in ["add", "sub", "mul", "minimum", "maximum", "le", "lt", "ge", "gt", "eq", "ne", "pow"]
+    }
     table |= {"logical_not": _pointwise("not", 1), "bitwise_not": _pointwise("not", 1)}
     for kind in ("and", "or", "xor"):
         table |= dict.fromkeys((f"logical_{kind}", f"bitwise_{kind}", f"__{kind}__"), _pointwise(kind))

@@ -54,6 +54,7 @@ class Reader:
     loads: list[fx.Node] = field(default_factory=list)
     sizes: list[Any] = field(default_factory=list)
     pinned: list[fx.Node] = field(default_factory=list)
+    extents: tuple[Any, ...] = ()  # of batch, heads, queries and keys, where known
 
     def __post_init__(self) -> None:
         self.aliases = Aliases(self.graph)
@@ -73,6 +74,10 @@ class Reader:
         if isinstance(value, torch.SymInt):
             return self._symbolic(value.node.expr, value.node.shape_env)
         raise Unreadable(f"a size that is not an integer ({type(value).__name__})")
+
+    def expression(self, expr: Any, like: torch.SymInt) -> Expr:
+        """Return a sympy integer over the same symbols as `like`."""
+        return self._symbolic(sympy.expand(expr), like.node.shape_env)
 
     def _symbolic(self, expr: Any, environment: Any) -> Expr:
         if expr.is_Integer:
@@ -147,18 +152,29 @@ class Reader:
         """Move places that may lie outside to the nearest element: evaluating a load must never fail."""
         if any(isinstance(n, int) and n == 0 for n in shape):
             raise Unreadable("a mask made from an empty tensor")
-        last = [apply("sub", self.number(n), const(1)) for n in shape]
-        return tuple(
-            i if i == const(0) else apply("minimum", apply("maximum", i, const(0)), n) for i, n in zip(index, last)
-        )
+
+        def moved(place: Expr, extent: Any) -> Expr:
+            known = (
+                place.op == "axis"
+                and self.extents
+                and statically_known_true(self.extents[int(place.value or 0)] == extent)
+            )
+            if place == const(0) or known:
+                return place
+            return apply("minimum", apply("maximum", place, const(0)), apply("sub", self.number(extent), const(1)))
+
+        return tuple(moved(place, extent) for place, extent in zip(index, shape))
 
     def leaf(self, node: fx.Node, index: Index) -> Expr:
         """Return a load of a tensor that exists anyway; a tensor over query x key positions is refused."""
         value = node.meta["val"]
         if any(write.at > self.order[node] for write in self.aliases.writes(node)):
             raise Unreadable(f"`{node.name}` is written in place after the mask read it")
+        number = self._written_number(node)
+        if number is not None:
+            return number
         known = self.buffers(node)
-        if known is not None:
+        if known is not None and not known.is_inference():  # those have no version to watch
             proved = triangle(known, index)
             if proved is not None:
                 self.pinned.append(node)
@@ -176,6 +192,13 @@ class Reader:
         if node not in self.loads:
             self.loads.append(node)
         return load(self.loads.index(node), index, INT if value.dtype in _INTEGERS else value.dtype)
+
+    def _written_number(self, node: fx.Node) -> Expr | None:
+        """Return the number that the source spells as a 0-dimensional tensor: a part of the program, not of its data."""
+        held = getattr(self.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+        if not isinstance(held, torch.Tensor) or held.dim() or held.dtype not in (BOOL, *_INTEGERS, torch.float32):
+            return None
+        return None if self.aliases.writes(node) else const(held.item(), held.dtype)
 
     # --- in-place writes -----------------------------------------------------------------------------------------------
 
@@ -240,12 +263,10 @@ class Reader:
                 place = self.number(from_front(self.shape(base)[dim], args[2]))
                 inside = apply("and", inside, apply("eq", position.pop(dim), place))
             elif name == "slice":
-                base = step.args[0]
-                assert isinstance(base, fx.Node)
                 dim = int(args[1] or 0) % len(position)  # type: ignore[arg-type]
                 if args[4] not in (None, 1):
                     raise Unreadable("an in-place write through a strided slice")
-                begin = slice_begin(self, self.shape(base)[dim], args[2])
+                begin = slice_begin(self, step, dim, args[2])
                 here, end = position[dim], apply("add", begin, self.number(self.shape(step)[dim]))
                 inside = apply("and", inside, apply("and", apply("ge", here, begin), apply("lt", here, end)))
                 position[dim] = apply("sub", here, begin)
@@ -264,16 +285,28 @@ def from_front(extent: Any, place: Any) -> Any:
     return place
 
 
-def slice_begin(reader: Reader, extent: Any, begin: Any) -> Expr:
+def slice_begin(reader: Reader, node: fx.Node, dim: int, begin: Any) -> Expr:
     """Return where a slice begins; one before the front begins at 0, one past the end is empty."""
-    place = from_front(extent, 0 if begin is None else begin)
-    if isinstance(place, int) and isinstance(extent, int):
-        return const(min(max(place, 0), extent))
-    if statically_known_true(place < 0):
-        return const(0)
-    if not statically_known_true(place >= 0):
+    begin = begin.meta["val"] if isinstance(begin, fx.Node) else 0 if begin is None else begin
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    extent = reader.shape(source)[dim]
+    if isinstance(begin, int) and isinstance(extent, int):
+        return const(min(max(begin + extent if begin < 0 else begin, 0), extent))
+    if statically_known_true(begin >= 0):
+        return reader.number(begin)
+    if statically_known_true(begin < 0) and statically_known_true(begin + extent >= 0):
+        return reader.number(begin + extent)
+    # Tracing has settled the sign for this graph: the view's offset within the storage tells what it found.
+    old, new = source.meta["val"], node.meta["val"]
+    offset, stride = (
+        sympy.sympify(getattr(getattr(n, "node", n), "expr", n))
+        for n in (new.storage_offset() - old.storage_offset(), old.stride(dim))
+    )
+    place, rest = sympy.fraction(sympy.cancel(offset / stride)) if stride != 0 else (0, 0)
+    if rest != 1:
         raise Unreadable("a slice that begins at a place whose sign is data")
-    return reader.number(place)
+    return reader.expression(place, extent if isinstance(extent, torch.SymInt) else begin)
 
 
 def triangle(buffer: torch.Tensor, index: Sequence[Expr]) -> Expr | None:

@@ -75,7 +75,23 @@ def _reaches_product(node: fx.Node, depth: int = 14) -> bool:
     return any(_reaches_product(arg, depth - 1) for arg in operands if isinstance(arg, fx.Node))  # type: ignore[union-attr]
 
 
-_WALKED = frozenset(["add", "sub", "mul", "div", "masked_fill", "where", "tanh", "cat", "maximum", "add_", "mul_", "div_", "masked_fill_"]) | {
+_WALKED = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "masked_fill",
+        "where",
+        "tanh",
+        "cat",
+        "maximum",
+        "add_",
+        "mul_",
+        "div_",
+        "masked_fill_",
+    ]
+) | {
     *_VIEWS,
     *_SAME,
 }

@@ -1,0 +1,1 @@
+"""Hold one pass and one attention kernel that live outside effcompile."""

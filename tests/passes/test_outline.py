@@ -1,0 +1,157 @@
+"""Check that repeated layers are found by structure, called once each, and left alone where they differ."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import effcompile as eff
+
+
+class Layer(nn.Module):
+    def __init__(self, width, act=F.gelu):
+        super().__init__()
+        self.norm, self.up, self.down, self.act = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+            act,
+        )
+
+    def forward(self, x, scale):
+        x = x + self.down(self.act(self.up(self.norm(x)))) * scale
+        return x - torch.tanh(self.norm(x)) * scale
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(16, 5)
+
+    def forward(self, x):
+        scale = torch.sigmoid(x.mean(-1, keepdim=True))
+        for layer in self.layers:
+            x = layer(x, scale)
+        return self.head(x)
+
+
+def outlined(model, *inputs, emit="interpreter", dynamic=None):
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eff", options={"strict": True, "emit": emit}, dynamic=dynamic)
+    with torch.no_grad():
+        result = fast(*inputs)
+    (note,) = [n for n in eff.report()["graphs"][-1]["notes"] if n.startswith("outline")]
+    return result, note, fast
+
+
+def stack(count=5, **fields):
+    torch.manual_seed(0)
+    return Stack(*(Layer(16, **fields) for _ in range(count))).eval()
+
+
+@pytest.mark.parametrize("emit", ["interpreter", "inductor"])
+def test_equal_layers_are_outlined(emit):
+    model, x = stack(), torch.randn(3, 70, 16)
+    result, note, _ = outlined(model, x, emit=emit)
+    assert note.startswith("outline-layers: 5 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_keeps_its_own_weights():
+    model, x = stack(), torch.randn(3, 70, 16)
+    _, _, fast = outlined(model, x)
+    with torch.no_grad():
+        for index, layer in enumerate(model.layers):
+            layer.down.weight.mul_(index + 2)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_of_another_kind_ends_the_run():
+    torch.manual_seed(0)
+    layers = [Layer(16), Layer(16), Layer(16), Layer(16, act=F.silu), Layer(16)]
+    model, x = Stack(*layers).eval(), torch.randn(3, 70, 16)
+    result, note, _ = outlined(model, x)
+    assert note.startswith("outline-layers: 3 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_alternating_layers_are_one_block():
+    torch.manual_seed(0)
+    layers = [Layer(16, act=F.gelu if n % 2 else F.silu) for n in range(8)]
+    model, x = Stack(*layers).eval(), torch.randn(3, 70, 16)
+    result, note, _ = outlined(model, x)
+    assert note.startswith("outline-layers: 4 layers") or note.startswith("outline-layers: 3 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_two_layers_stay():
+    _, note, _ = outlined(stack(2), torch.randn(3, 70, 16))
+    assert "no repeated layers" in note
+
+
+def test_swapped_wiring_is_not_outlined():
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ParameterList(nn.Parameter(torch.randn(16, 16)) for _ in range(4))
+
+        def forward(self, x, y):
+            for number, weight in enumerate(self.a):
+                p, q = (x, y) if number != 2 else (y, x)
+                x = torch.tanh(p @ weight) - torch.sigmoid(q @ weight) + torch.cos(p) * torch.sin(q) + p.abs()
+                y = y + 1
+            return x
+
+    torch.manual_seed(0)
+    model, x, y = Swapped().eval(), torch.randn(4, 16), torch.randn(4, 16)
+    result, _, _ = outlined(model, x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x, y), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_write_in_place_stay():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(16) for _ in range(4))
+
+        def forward(self, x, log):
+            for number, layer in enumerate(self.layers):
+                x = layer(x, 1.0)
+                log[number].copy_(x.sum(0).sum(0))
+            return x
+
+    torch.manual_seed(0)
+    model, x = Writing().eval(), torch.randn(3, 70, 16)
+    log, expected = torch.zeros(4, 16), torch.zeros(4, 16)
+    result, note, _ = outlined(model, x, log)
+    assert "writes in place" in note or "no repeated layers" in note
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x, expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_symbolic_lengths_share_one_graph():
+    model = stack()
+    _, note, fast = outlined(model, torch.randn(3, 70, 16), dynamic=True)
+    assert note.startswith("outline-layers: 5 layers")
+    graphs = len(eff.report()["graphs"])
+    with torch.no_grad():
+        for length in (64, 71, 90, 133):
+            x = torch.randn(3, length, 16)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(eff.report()["graphs"]) == graphs
+
+
+def test_off_switch():
+    model, x = stack(), torch.randn(3, 70, 16)
+    torch._dynamo.reset()
+    fast = torch.compile(
+        model, backend="eff", options={"strict": True, "emit": "interpreter", "disable": ["outline-layers"]}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any("outline" in note for note in eff.report()["graphs"][-1]["notes"])
