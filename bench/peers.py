@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.arms import Arm, Ready, Scratch, as_json, counters, known_arms
+from bench.arms import Arm, Ready, Scratch, TorchArm, as_json, counters, known_arms
 from bench.case import Row, Settings, Watch
 from bench.clocks import timer_for
 from bench.limits import OutOfTime, time_box
@@ -53,6 +53,10 @@ def measure(row: Row, workload: Workload, names: Sequence[str], settings: Settin
         watch.say("reference")
         reference = reference_of(workload)
         scratch = Scratch(Path(folder))
+        if any(isinstance(entry.arm, TorchArm) and entry.arm.compiles for entry in entries):
+            # Headers and worker processes are paid once; what the first arm leaves in the caches still helps the next, so
+            # compile times of a row are a hint only, and the case compile-time measures them.
+            torch.compile(lambda x: x + 1)(torch.ones(8))
         for entry in entries:
             watch.say(f"preparing {entry.arm.name}")
             entry.result = _prepare(entry, workload, scratch, reference, settings)

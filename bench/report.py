@@ -22,13 +22,13 @@ def table(document: Mapping[str, Any]) -> Table:
 
     arms = arm_names(document)
     names = [name.replace("-", " ") for name in arms]  # so that they wrap
+    best = {row["id"]: versus_best(row) for row in document["rows"]}
+    last = ("eff vs fastest peer",) if any(best.values()) else ()
     rows = []
     for row in document["rows"]:
         cells = [_cell(document, row, name, [], wide=True) for name in arms]
-        rows.append([row["id"], *cells, versus_best(row)])
-    versus = "eff vs fastest peer"
-    title = f"{document['title']} ({document['tag']})"
-    return plain_table(title, ("row", *names, versus), rows, right=(*names, versus))
+        rows.append([row["id"], *cells, *([best[row["id"]]] if last else [])])
+    return plain_table(f"{document['title']} ({document['tag']})", ("row", *names, *last), rows, right=(*names, *last))
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:
@@ -38,19 +38,22 @@ def failures(document: Mapping[str, Any]) -> list[str]:
 
 
 def problems(document: Mapping[str, Any]) -> list[str]:
-    """Return one line for each arm that failed, was skipped, differs more than the rule allows, or recompiled."""
-    lines: list[str] = []
+    """Return one line for each reason why an arm failed, was skipped, is inexact, or recompiled, with the rows it holds for.
+
+    A kernel that does not run a mask is no problem, so tables of kernels report failures only.
+    """
+    found: dict[str, list[str]] = {}
     for row in document["rows"]:
         for name, arm in row["arms"].items():
             if "error" in arm:
-                lines.append(f"{row['id']} {name}: failed: {arm['error']}")
-            elif "skipped" in arm:
-                lines.append(f"{row['id']} {name}: skipped: {arm['skipped']}")
+                found.setdefault(f"{name} failed: {arm['error']}", []).append(row["id"])
+            elif "skipped" in arm and document["headline"]:
+                found.setdefault(f"{name} skipped: {arm['skipped']}", []).append(row["id"])
             elif arm.get("numerics", {}).get("within") is False:
-                lines.append(f"{row['id']} {name}: {_WRONG}: rmse {arm['numerics'].get('rmse')}")
+                found.setdefault(f"{name} {_WRONG}", []).append(row["id"])
         if row.get("recompiled"):
-            lines.append(f"{row['id']}: {row['recompiled']} graphs were compiled again during the rounds")
-    return list(dict.fromkeys(lines))
+            found.setdefault("graphs were compiled again during the rounds", []).append(row["id"])
+    return [f"{text} ({', '.join(rows)})" for text, rows in found.items()]
 
 
 _WRONG = "differs from float64 more than the rule allows"

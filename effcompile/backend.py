@@ -60,6 +60,10 @@ class _Bound:
             raise EffError("EFF-U012", "this backend has its options already", hint="give all of them to eff.backend(...)")
         return compile_dynamo(gm, example_inputs, self.options)
 
+    def reset(self) -> None:
+        """Forget the reports, as `torch._dynamo.reset()` asks every backend to do."""
+        reset()
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Bound) and other.options.digest == self.options.digest
 

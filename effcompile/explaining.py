@@ -2,8 +2,9 @@
 
     print(eff.explain(model, *inputs, target="sm_90"))
 
-The model is traced on copies without data, so no weight is read and no GPU is needed; the target decides, not this machine. All
-that `torch.compile(model, backend="eff")` decides is decided here by the same code; only emission is left out.
+The model is traced on copies without data, so no weight is read and no GPU is needed; the target decides, not this
+machine. All that `torch.compile(model, backend="eff")` decides is decided here by the same code; only emission is left
+out.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def explain(
     """Return what `torch.compile(model, backend="eff", options=options)(*inputs, **kwargs)` would do on `target`.
 
     Args:
-        model: a module, on any device or on meta; its weights are not read. A plain function runs on its inputs as they are. An
+        model: a module, on any device or on meta; its weights are not read. A plain function runs on its inputs as they
+        are. An
             ExportedProgram has its graph already and needs no inputs.
-        inputs: the arguments of one call; of tensors only shape and dtype count.
-        target: a device word such as `sm_90`, `h100`, `cpu`; None is this machine.
-        options: as for torch.compile. `require` is counted against the module tree here, so that attention behind a graph break
+        inputs: the arguments of one call; of tensors only shape and dtype count. target: a device word such as `sm_90`,
+        `h100`, `cpu`; None is this machine. options: as for torch.compile. `require` is counted against the module tree
+        here, so that attention behind a graph break
             or in an unrecognized spelling breaks it too.
         dynamic: as for torch.compile.
         real: run on the weights and inputs themselves; for models whose control flow asks for values.

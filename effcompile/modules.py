@@ -26,8 +26,8 @@ _PROJECTIONS = (
 def attention_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
     """Return (path, module) of every innermost module that looks like attention, by its children or its class name.
 
-    A wrapper around another attention does not count, and neither does a class that only shares the word (a norm, an output
-    projection): a module named so must hold a product or do its own work.
+    A wrapper around another attention does not count, and neither does a class that only shares the word (a norm, an
+    output projection): a module named so must hold a product or do its own work.
     """
     if not isinstance(model, nn.Module):
         return ()

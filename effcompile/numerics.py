@@ -34,8 +34,9 @@ class GraphLedger:
 class Verdict:
     """Name what makes the outputs leave tolerance.
 
-    `culprit` is a pass, `kernels` (recognition or the kernels that replace raised ops), `emission`, `inductor`, or None where
-    all is well; `fuel` the number of rewrites after which it shows; `confirmed` tells whether leaving the pass out mends it.
+    `culprit` is a pass, `kernels` (recognition or the kernels that replace raised ops), `emission`, `inductor`, or None
+    where all is well; `fuel` the number of rewrites after which it shows; `confirmed` tells whether leaving the pass
+    out mends it.
     """
 
     culprit: str | None
@@ -78,7 +79,7 @@ def ledger(
 
 
 def _distinct(stages: Sequence[tuple[str, Program]]) -> list[tuple[str, Program]]:
-    """Leave out a stage that repeats the graph of the one before (`lowered` closes the list whether or not a pass ran)."""
+    """Leave out a stage that repeats the graph before it: `lowered` closes the list whether or not a pass ran."""
     kept = list(stages[:1])
     for name, program in stages[1:]:
         if program.entries[0].graph is not kept[-1][1].entries[0].graph:
@@ -96,8 +97,9 @@ def blame(
 ) -> Verdict:
     """Find the first pass after which outputs leave tolerance against eager, on the given inputs.
 
-    Every graph is lowered with 0, 1, 2, ... rewrites and interpreted. Where that stays clean and `compiled` is true, the whole
-    model runs through TorchInductor with and without our rewrites, so that a fault of emission is told from one of TorchInductor.
+    Every graph is lowered with 0, 1, 2, ... rewrites and interpreted. Where that stays clean and `compiled` is true,
+    the whole model runs through TorchInductor with and without our rewrites, so that a fault of emission is told from
+    one of TorchInductor.
     """
     asked = Options.parse(options)
     check_doors(asked)

@@ -1,7 +1,8 @@
 """Run a model once through Dynamo and keep the graphs it was cut into, without compiling any.
 
-Used by everything that looks before it leaps: `explain`, `plan`, the error ledger and the bisection. The frames are traced in a
-cache of their own where torch has one, so that a later `torch.compile` of the same code neither reuses nor counts them.
+Used by everything that looks before it leaps: `explain`, `plan`, the error ledger and the bisection. The frames are
+traced in a cache of their own where torch has one, so that a later `torch.compile` of the same code neither reuses nor
+counts them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _QUOTED = re.compile(r'File "([^"]+)", line (\d+)')
 class SeenGraph:
     """Hold one graph of Dynamo: the captured program, or the refusal, and the modules that it was run for.
 
-    `inputs` are the example inputs as they were before the run. `owners` are the paths of the modules whose parameters the graph
-    was called with, one a call: after a graph break one graph serves every layer of the same code.
+    `inputs` are the example inputs as they were before the run. `owners` are the paths of the modules whose parameters
+    the graph was called with, one a call: after a graph break one graph serves every layer of the same code.
     """
 
     program: Program | None
@@ -61,8 +62,8 @@ class Stop:
 class Observation:
     """Hold the graphs in order, the paths of the modules that ran, and where the traced run stopped.
 
-    `partial` tells that the eager run failed where the traced one did not, so that `called` may lack some: fake tensors lack an
-    implementation of some ops that Dynamo replaces.
+    `partial` tells that the eager run failed where the traced one did not, so that `called` may lack some: fake tensors
+    lack an implementation of some ops that Dynamo replaces.
     """
 
     graphs: tuple[SeenGraph, ...]
@@ -74,8 +75,8 @@ class Observation:
 def observe(skeleton: Skeleton, *, dynamic: bool | None = None, keep_inputs: bool = False) -> Observation:
     """Trace a model by running it twice, on fresh arguments each time and without gradients.
 
-    The first run is eager and only notes which modules are called; the second goes through Dynamo. `keep_inputs` copies the
-    inputs of every graph as they were before it ran.
+    The first run is eager and only notes which modules are called; the second goes through Dynamo. `keep_inputs` copies
+    the inputs of every graph as they were before it ran.
     """
     model = skeleton.model
     called, eager_stop = _called(skeleton)
@@ -84,7 +85,8 @@ def observe(skeleton: Skeleton, *, dynamic: bool | None = None, keep_inputs: boo
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         kept = tuple(_kept(value) for value in example_inputs) if keep_inputs else tuple(example_inputs)
-        program, refusal = None, None
+        program: Program | None = None
+        refusal: EffError | None = None
         try:
             program = _with_contents(capture_dynamo(gm, example_inputs), skeleton.origins)
         except CaptureRefused as error:
@@ -136,7 +138,7 @@ def _run(call: Callable[..., Any], skeleton: Skeleton) -> Stop | None:
     """Run once. Sizes stay as they are given: what one call sees must not make a later compilation dynamic."""
     args, kwargs = skeleton.inputs()
     settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=1 << 12)
-    with torch.no_grad(), skeleton.running(), settings:
+    with torch.no_grad(), skeleton.running(), settings, _forgotten():
         try:
             call(*args, **kwargs)
         except EffError:
@@ -164,6 +166,28 @@ def _called(skeleton: Skeleton) -> tuple[frozenset[str], Stop | None]:
         for handle in handles:
             handle.remove()
     return frozenset(seen), None
+
+
+@contextmanager
+def _forgotten() -> Iterator[None]:
+    """Make Dynamo forget the frames that it meets in this block for the first time.
+
+    It marks code that it gave up on (a break inside a loop) and then skips it for good, for every model of the class and every
+    backend: a dry run must leave no such mark behind.
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.eval_frame import reset_code
+
+    known = convert_frame.input_codes
+    convert_frame.input_codes = met = convert_frame.Tracker()
+    try:
+        yield
+    finally:
+        convert_frame.input_codes = known
+        for reference in met.seen:
+            code = reference()
+            if code is not None and code not in known:
+                reset_code(code)
 
 
 @contextmanager
@@ -213,7 +237,7 @@ def _kept(value: Any) -> Any:
 
 
 def _with_contents(program: Program, origins: Mapping[int, torch.Tensor]) -> Program:
-    """Give copied buffers the content of the user's: a proof about a mask may rest on it. A buffer without any gets None."""
+    """Give copied buffers the user's content, on which a proof about a mask may rest; one without any gets None."""
 
     def filled(item: Input) -> Input:
         value = origins.get(id(item.value), item.value)
@@ -241,7 +265,7 @@ def _local_name(node: fx.Node) -> str:
 
 
 def _owner(names: Sequence[str], args: Sequence[Any], paths: Mapping[int, str]) -> str:
-    """Return the module path in front of the graph's own names: `layers.3` where `q_proj.weight` is `layers.3.q_proj.weight`."""
+    """Return the path in front of a graph's own names: `layers.3` where `q.weight` is `layers.3.q.weight`."""
     for name, value in zip(names, args):
         path = paths.get(id(value), "")
         # A frame that calls its module something other than `self` keeps that name in front.

@@ -1,11 +1,12 @@
 """Copy a model and its inputs without their data: right shapes, strides, dtypes and structure, no weights read.
 
-A dry run traces the copy, so that a 70-billion-parameter model is explained in the memory of its Python objects. The copies are
-torch's fake tensors on an ordinary device, not meta tensors: a model sees the device that it expects, and Dynamo handles both
-worlds, where tensors that a model makes on the meta device confuse it (`torch.tensor([], device="meta")` is one).
+A dry run traces the copy, so that a 70-billion-parameter model is explained in the memory of its Python objects. The
+copies are torch's fake tensors on an ordinary device, not meta tensors: a model sees the device that it expects, and
+Dynamo handles both worlds, where tensors that a model makes on the meta device confuse it (`torch.tensor([],
+device="meta")` is one).
 
-The content of buffers is the exception that matters (nanoGPT keeps its causal mask in one), so the copy remembers where each
-buffer came from.
+The content of buffers is the exception that matters (nanoGPT keeps its causal mask in one), so the copy remembers where
+each buffer came from.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def _copied(value: Any, memo: dict[int, Any], faker: _Faker) -> Any:
 def parameters_on_meta() -> Iterator[None]:
     """Put every parameter that a module registers inside this context on the meta device; buffers keep their content.
 
-    Building under `torch.device("meta")` would lose the buffers too, and with them the masks that some models keep there.
+    Building under `torch.device("meta")` would lose the buffers too, and with them the masks that some models keep
+    there.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 

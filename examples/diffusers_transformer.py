@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     side = 16 if args.quick else 64
-    model = random_pixart(layers=3 if args.quick else 6, heads=4 if args.quick else 12, side=side)
+    model = random_pixart(layers=2 if args.quick else 6, heads=4 if args.quick else 12, side=side)
     inputs = step(side, words=24 if args.quick else 120)
 
     fast = torch.compile(model, backend="eff")
@@ -77,7 +77,9 @@ def main() -> None:
     report = eff.report()
     sites = [site for graph in report["graphs"] for site in graph["sites"]]
     print(f"{len(sites)} attention sites rewritten, {report['counters'].get('missed', 0)} missed")
-    for (keys, mask, kernel), count in Counter((site["kv_len"], site["mask"], site["kernel"]) for site in sites).items():
+    for (keys, mask, kernel), count in Counter(
+        (site["kv_len"], site["mask"], site["kernel"]) for site in sites
+    ).items():
         print(f"  {count} x {keys} keys, mask {mask}: kernel {kernel}")
     eager, compiled = (statistics.median(column) for column in zip(*rounds))
     print(f"largest difference from eager: {difference:.1e}")

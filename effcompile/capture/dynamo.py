@@ -21,7 +21,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Entry, Input, InputKind, Program
 
 # Higher-order ops that a gradient test in tests/e2e/test_training.py covers (DESIGN section 1).
-DIFFERENTIABLE_HIGHER_ORDER = frozenset({"flex_attention", "wrap_with_autocast", "wrap_with_set_grad_enabled", "cond"})
+DIFFERENTIABLE_HIGHER_ORDER = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled", "cond"})
 _CARRIED = ("example_value", "grapharg", "tensor_dict", "eff.static")
 
 

@@ -1,7 +1,8 @@
 """Look through TorchInductor's cache folder for files that would break a later run.
 
-A damaged graph entry heals itself: torch warns and compiles again. A truncated shared library does not: it is loaded because it
-is there, and every later run of that graph fails. So binaries are checked against what their own headers promise.
+A damaged graph entry heals itself: torch warns and compiles again. A truncated shared library does not: it is loaded
+because it is there, and every later run of that graph fails. So binaries are checked against what their own headers
+promise.
 """
 
 from __future__ import annotations

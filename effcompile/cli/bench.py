@@ -108,8 +108,9 @@ def bench(
 ) -> int:
     """Measure this project against eager, TorchInductor, ONNX Runtime and OpenVINO, side by side in one run.
 
-    The arms take turns; results go to bench/results/CASE.json row by row, so a run that is stopped keeps what it has, and one that
-    is repeated replaces its rows. Exit code 1 where an arm of ours failed or is less exact than the rule allows.
+    The arms take turns; results go to bench/results/CASE.json row by row, so a run that is stopped keeps what it has,
+    and one that is repeated replaces its rows. Exit code 1 where an arm of ours failed or is less exact
+    than the rule allows.
     """
     runner, report = load("run"), load("report")
     if readme:

@@ -100,8 +100,8 @@ def export(
 ) -> int:
     """Compile a model here and write everything that torch cached for it into one file.
 
-    Load it with torch.compiler.load_cache_artifacts(bytes) before the first call, on a machine of the same kind. It holds
-    pickles and libraries: only give it to processes of your own.
+    Load it with torch.compiler.load_cache_artifacts(bytes) before the first call, on a machine of the same kind. It
+    holds pickles and libraries: only give it to processes of your own.
     """
     import copy
 

@@ -81,7 +81,7 @@ def _hardware() -> Iterable[Check]:
     yield Check(
         "cpu",
         "ok",
-        f"{cpu.compute}, {cpu.cores} cores, {cpu.memory_bytes / 1e9:.0f} GB, torch uses {torch.get_num_threads()} threads",
+        f"{cpu.compute}, {cpu.cores} cores, {cpu.memory_bytes / 1e9:.0f} GB, {torch.get_num_threads()} torch threads",
     )
     if not torch.cuda.is_available():
         yield Check("gpu", "missing", "torch sees none; explain and plan work for every target without one")

@@ -81,7 +81,7 @@ def command_line(argv: object) -> str:
 
 @contextmanager
 def progress(title: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr once the block has run for two seconds, if stderr is a terminal; the call advances it by one."""
+    """Show a bar on stderr once the block has run for two seconds, if stderr is a terminal; each call advances it."""
     if quiet or not sys.stderr.isatty():
         yield lambda text: None
         return

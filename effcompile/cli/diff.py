@@ -30,7 +30,7 @@ class Change:
 
 
 def diff(old: Old, new: New, as_json: given.AsJson = False) -> int:
-    """Show side by side what two plans decide differently. Exit code 1 where they differ, 0 where they decide the same."""
+    """Show side by side what two plans decide differently. Exit code 1 where they differ, else 0."""
     changes = compare(Plan.read(old), Plan.read(new))
     if as_json:
         print_json({"equal": not changes, "changes": [vars(change) for change in changes]})
@@ -42,7 +42,7 @@ def diff(old: Old, new: New, as_json: given.AsJson = False) -> int:
             a, b = (_presence(change.old), _presence(change.new)) if change.what == "site" else (change.old, change.new)
             grouped.setdefault((change.what, a, b, change.reason), []).append(change.site)
         rows = [[fold(sites), what, bad(a), good(b), why] for (what, a, b, why), sites in grouped.items()]
-        stdout().print(table("", ("site", "what", str(old), str(new), "why"), rows))
+        stdout().print(table("", ("site", "what", _title(old), _title(new), "why"), rows))
     return 1 if changes else 0
 
 
@@ -57,7 +57,8 @@ def compare(old: Plan, new: Plan) -> tuple[Change, ...]:
             changes.append(Change(site, "site", a, b, state))
     choices = _choices(old), _choices(new)
     why = {(c.site, c.family): c.reason for c in new.choices}
-    why |= {(d.site, d.family): str(d.refusal) for d in new.declined if (d.site, d.family) not in why}
+    for item in new.declined:
+        why.setdefault((item.site, _what(item.family, item.policy)), str(item.refusal))
     for place in sorted(choices[0].keys() | choices[1].keys()):
         a, b = (found.get(place, "-") for found in choices)
         if a != b:
@@ -67,6 +68,10 @@ def compare(old: Plan, new: Plan) -> tuple[Change, ...]:
     return tuple(changes)
 
 
+def _title(path: Path) -> str:
+    return path.name if len(str(path)) > 24 else str(path)
+
+
 def _presence(fingerprint: str) -> str:
     return "-" if fingerprint == "-" else "planned"
 
@@ -74,6 +79,11 @@ def _presence(fingerprint: str) -> str:
 def _choices(plan: Plan) -> Mapping[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for choice in plan.choices:
-        key = (choice.site, choice.family) if choice.family != "pass" else (choice.site, f"pass {choice.policy}")
-        found[key] = choice.policy if choice.family != "pass" else "runs"
+        runs = "runs" if choice.family == "pass" else choice.policy
+        found[choice.site, _what(choice.family, choice.policy)] = runs
     return found
+
+
+def _what(family: str, policy: str) -> str:
+    """Passes run side by side, so each is a decision of its own; of the other families one policy is chosen."""
+    return f"pass {policy}" if family == "pass" else family

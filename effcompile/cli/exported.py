@@ -1,8 +1,8 @@
 """Load a `.pt2` file without running anything that it holds.
 
-`torch.export.load` falls back to full unpickling of the sample inputs, so a file can run code when it is opened. Here the archive
-is copied without them, and whatever else could run code is refused: pickled objects, compiled binaries, and symbolic sizes or
-operator names that are more than that.
+`torch.export.load` falls back to full unpickling of the sample inputs, so a file can run code when it is opened. Here
+the archive is copied without them, and whatever else could run code is refused: pickled objects, compiled binaries, and
+symbolic sizes or operator names that are more than that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from effcompile.core.errors import EffError
 
 _LIMIT = 200_000  # members; an honest archive has one a weight and a few more
 _SAFE_OPERATOR = re.compile(r"(torch\.ops\.\w+(\.\w+)+|_operator\.\w+|math\.\w+|torch\.sym_\w+|torch\._?sym_\w+)")
-_SAFE_SIZE = re.compile(r"[\w\s+\-*/%(),.<>=]*")
+_SAFE_SIZE = re.compile(r"([\w\s+\-*/%(),.<>=]|'\w+')*")  # sympy's own spelling: Symbol('s0', positive=True)
 _FUNCTIONS = re.compile(r"(\w+)\s*\(")
 _ATTRIBUTE = re.compile(r"\.\s*[A-Za-z_]|__")
 
@@ -95,17 +95,20 @@ def _check(archive: zipfile.ZipFile, member: zipfile.ZipInfo, local: str, path: 
 def _check_graph(value: Any, path: Path) -> None:
     for key, text in _strings(value):
         if key == "expr_str":
-            calls = set(_FUNCTIONS.findall(text)) - _size_functions()
-            if not _SAFE_SIZE.fullmatch(text) or _ATTRIBUTE.search(text) or calls:
+            unknown = [word for word in _FUNCTIONS.findall(text) if not _is_expression(word)]
+            if not _SAFE_SIZE.fullmatch(text) or _ATTRIBUTE.search(text) or unknown:
                 raise _refused(path, f"the size `{text[:60]}`")
         elif key == "target" and text.startswith(("torch", "_operator", "math")) and not _SAFE_OPERATOR.fullmatch(text):
             raise _refused(path, f"the operator `{text[:60]}`")
 
 
-def _size_functions() -> set[str]:
+def _is_expression(word: str) -> bool:
+    """Tell whether calling `word` builds a sympy expression and does nothing else."""
+    import sympy
     import torch.utils._sympy.functions as functions
 
-    return {"Max", "Min", "Mod", "Abs", "Pow", "Integer", "Rational", "ceiling", "floor", *functions.__all__}
+    found = getattr(functions, word, None) or getattr(sympy, word, None)
+    return isinstance(found, type) and issubclass(found, sympy.Basic)
 
 
 def _strings(value: Any) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from effcompile.core.errors import EffError, unknown
 
 HELP = "Compile transformers, mixture-of-experts and diffusion models through exact, explained rewrites."
 # typer carries its own click since 0.20 and uses the installed one before: the classes are taken from its public names.
-_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 
 
 def run() -> None:

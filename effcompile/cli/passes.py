@@ -16,7 +16,7 @@ Name = Annotated[str | None, typer.Argument(help="One of them, for its whole des
 
 
 def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson = False) -> int:
-    """List passes in the order in which they run, and the kernels that may run an attention, with parameters and paper."""
+    """List passes in the order in which they run, and the kernels that may run an attention."""
     rows = catalog(given.parse_options(None, None, user))
     if name is not None:
         known = {row["name"]: row for row in rows}
@@ -53,7 +53,7 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
             out.print()
     out.print(
         dim(
-            'leave one out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package.module:Class'
+            'leave out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package:Class'
         )
     )
     return 0

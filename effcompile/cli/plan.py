@@ -31,7 +31,8 @@ def plan(
 ) -> int:
     """Write the plan of a model: every choice, every refusal, and a fingerprint of every site.
 
-    Replay it with torch.compile(model, backend="eff", options={"plan": "plan.json"}); for another model that is an error.
+    Replay it with torch.compile(model, backend="eff", options={"plan": "plan.json"}); for another model that is an
+    error.
     """
     from effcompile.cli.explain import explained
     from effcompile.cli.tables import draw_plan

@@ -185,6 +185,8 @@ def impure(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable) or target in _ASSERTIONS() or torch.Tag.nondeterministic_seeded in target.tags
+    if target is torch._C._set_grad_enabled:  # a builtin; without it gradients flow through a no_grad block
+        return True
     return node.op == "call_function" and not isinstance(target, _builtin) and not _is_operator(target)
 
 

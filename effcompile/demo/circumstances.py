@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from effcompile.models.trained import require
@@ -34,17 +36,25 @@ def machine() -> dict[str, Any]:
     """Return the CPU, the cores that torch uses, the memory in bytes and the system."""
     import torch
 
-    from effcompile.targets.detect import detect
-
     psutil = require("psutil", "demo")
     return {
-        "cpu": detect("cpu").device.name,
+        "cpu": cpu_name(),
         "isa": str(torch.backends.cpu.get_cpu_capability()),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory": int(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name, or what Python knows of it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:

@@ -27,7 +27,7 @@ def draw(results: Results, path: Path) -> None:
     _bars(right, results, "Peak memory of a prefill (GB)", lambda cell: cell.peak / 1e9)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    title = f"{results.model} on {results.machine.get('cpu', 'this machine')}, {results.machine.get('threads')} threads"
+    title = f"{results.model} on {results.machine['cpu']}, threads: {results.machine['threads']}"
     figure.suptitle(title + (" - noisy machine, see the report" if results.noise() else ""), fontsize=11)
     figure.savefig(path, dpi=130)
 

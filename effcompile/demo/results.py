@@ -45,8 +45,11 @@ class Cell:
 
     @property
     def perplexity(self) -> float:
-        """Return exp of the mean negative log-likelihood over all rounds' tokens."""
-        return math.exp(-statistics.fmean(_flat(self)))
+        """Return exp of the mean negative log-likelihood over all rounds' tokens; infinite where that overflows."""
+        try:
+            return math.exp(-statistics.fmean(_flat(self)))
+        except OverflowError:
+            return math.inf
 
     @property
     def spread(self) -> float:
@@ -109,8 +112,9 @@ class Results:
     def difference(self, length: int) -> float:
         """Return the largest relative difference between two arms' perplexities; not a number counts as infinite."""
         values = [self.at(arm, length).perplexity for arm in self.arms]
-        gap = max(values) / min(values) - 1.0
-        return gap if math.isfinite(gap) else math.inf
+        if not all(math.isfinite(value) and value > 0 for value in values):  # max and min lose a NaN
+            return math.inf
+        return max(values) / min(values) - 1.0
 
     def token_difference(self, length: int) -> float:
         """Return the largest difference (nats) of a single token's log-likelihood from the first arm's."""

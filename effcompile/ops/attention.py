@@ -48,7 +48,8 @@ def reference(
     """Compute attention densely.
 
     q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, Hq a multiple of Hkv; sinks `[Hq]`. Returns `[B, Hq, Q, Dv]`.
-    An empty row gives zeros, NaN, or the mean of V over the `soft` keys, as the source of the mask would.
+    An empty row gives zeros, NaN, or the mean of V over the `soft` keys (zeros where it
+    has none of those either), as the source of the mask would.
     """
     group = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -94,7 +95,7 @@ def finish(
         even = torch.ones_like(probs)
         if soft and from_json(soft) != TRUE:
             even = even * evaluate(from_json(soft), axes, loads, sizes)
-        probs = torch.where(empty, even / even.sum(-1, keepdim=True), probs)
+        probs = torch.where(empty, even / even.sum(-1, keepdim=True).clamp(min=1), probs)
     elif empty_row != "nan":
         probs = torch.where(empty, torch.zeros_like(probs), probs)
     return torch.matmul(probs.to(values.dtype), values)

@@ -25,8 +25,8 @@ SCHEMA = 1
 class SiteRow:
     """Describe a site: where it is, what will run it, what declined, and its price in seconds.
 
-    `id` is its path in the module tree. After a graph break one graph serves every layer of the same code: `places` are the paths
-    of all of them, `instances` how often the graph ran.
+    `id` is its path in the module tree. After a graph break one graph serves every layer of the same code: `places` are
+    the paths of all of them, `instances` how often the graph ran.
     """
 
     id: str
@@ -321,7 +321,7 @@ def headline(explanation: Explanation) -> str:
 def text(explanation: Explanation) -> str:
     """Return the explanation as plain text."""
     lines = [
-        f"{explanation.model}   target {explanation.target} ({explanation.device.name})   weights: {explanation.weights}",
+        f"{explanation.model} on {explanation.target} ({explanation.device.name}), weights: {explanation.weights}",
         headline(explanation),
     ]
     for group in groups(explanation.sites):

@@ -18,21 +18,32 @@ _STYLE = """
   --bar: #a9c3ee; --floor: #2f6fd6; --good: #1a7f4b; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #333c4d; --page: #12161f;
   --soft: #1a202c; --bar: #33507f; --floor: #7aa7f5; --good: #4cc38a; --bad: #ff8a7a; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto; max-width: 70rem;
-  padding: 0 1.25rem; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
-p.sub { color: var(--dim); margin: .2rem 0 1rem; } .wide { overflow-x: auto; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
+  max-width: 70rem; padding: 0 1.25rem; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+p.sub { color: var(--dim); margin: .2rem 0 1rem; }
+.wide { overflow-x: auto; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.2rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 8rem; background: var(--soft); }
-.card b { display: block; font-size: 1.35rem; } .card span { color: var(--dim); font-size: .85rem; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 8rem;
+  background: var(--soft); }
+.card b { display: block; font-size: 1.35rem; }
+.card span { color: var(--dim); font-size: .85rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th { text-align: left; color: var(--dim); font-weight: 600; } th, td { padding: .35rem .7rem .35rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); } td.num { text-align: right; white-space: nowrap; }
-code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { background: var(--soft); border: 1px solid var(--line);
-  border-radius: 8px; padding: .8rem; overflow-x: auto; } .good { color: var(--good); } .bad { color: var(--bad); }
-.dim { color: var(--dim); } details { margin: .4rem 0; } summary { cursor: pointer; }
-svg.chart { width: 100%; max-width: 52rem; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
-svg .value { fill: var(--dim); } svg .bar { fill: var(--bar); } svg .floor { fill: var(--floor); }
+th { text-align: left; color: var(--dim); font-weight: 600; white-space: nowrap; }
+th, td { padding: .35rem .7rem .35rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+code, pre { font: .85rem/1.45 ui-monospace, monospace; }
+pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto; }
+.good { color: var(--good); }
+.bad { color: var(--bad); }
+.dim { color: var(--dim); }
+details { margin: .4rem 0; }
+summary { cursor: pointer; }
+svg.chart { width: 100%; max-width: 52rem; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
+svg .value { fill: var(--dim); }
+svg .bar { fill: var(--bar); }
+svg .floor { fill: var(--floor); }
 svg .grid { stroke: var(--line); }
 """
 
@@ -115,9 +126,9 @@ def _time_chart(explanation: Explanation) -> str:
         rows.append(("products with weights", explanation.products_seconds, 0.0, "roofline, modelled"))
     if not rows:
         return ""
-    unit, scale = ("s", 1.0) if max(r[1] for r in rows) >= 1 else ("ms", 1e-3)
-    note = '<p class="dim">Dark: the roofline floor of the site on this device. Every figure is modelled unless it says measured.</p>'
-    return chart.bars(rows, unit, scale) + note
+    unit, scale = ("s", 1.0) if max(seconds for _, seconds, _, _ in rows) >= 1 else ("ms", 1e-3)
+    note = "Dark: the roofline floor of the site on this device. Every figure is modelled unless it says measured."
+    return f'{chart.bars(rows, unit, scale)}<p class="dim">{note}</p>'
 
 
 def _floor(group: Group) -> float:

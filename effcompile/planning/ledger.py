@@ -1,8 +1,8 @@
 """Measure the error that every pass adds, on real inputs.
 
 The program is executed after each pass, next to the captured program and to a run of it in float64. A stage is within
-tolerance by the rule of torch's own accuracy checks (`torch._dynamo.utils.same`): its distance to the float64 run is at most
-`multiplier` times the distance of the captured program, plus a tenth of the tolerance.
+tolerance by the rule of torch's own accuracy checks (`torch._dynamo.utils.same`): its distance to the float64 run is at
+most `multiplier` times the distance of the captured program, plus a tenth of the tolerance.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Recording(Dump):
 class Row:
     """Hold the error after one stage, the largest over all outputs.
 
-    `added` is the largest absolute difference to the stage before, `max_abs` to the captured program; `rmse` is the distance to
-    the float64 run and `base_rmse` that of the captured program. NaN and infinities that only one side has count as infinite.
+    `added` is the largest absolute difference to the stage before, `max_abs` to the captured program; `rmse` is the
+    distance to the float64 run and `base_rmse` that of the captured program. NaN and infinities that only one side has
+    count as infinite.
     """
 
     stage: str
@@ -136,7 +137,7 @@ def measure(stages: Sequence[tuple[str, Program]], inputs: Sequence[Any], multip
 
 
 def execute(program: Program, inputs: Sequence[Any], widen: bool = False) -> tuple[Any, ...]:
-    """Interpret the program's graph and return its outputs, then the inputs as it left them: a write counts as a result.
+    """Interpret the program's graph; return its outputs, then the inputs as it left them (a write is a result too).
 
     `widen` computes in float64: every floating input, constant and cast below it is widened.
     """

@@ -1,7 +1,8 @@
 """Price sites and matrix products on a device, and find the lengths from which one kernel beats another.
 
-The floor of a site is the roofline of a one-pass kernel that visits only what the mask keeps: no kernel can be faster on that
-device. Crossovers ask the kernels themselves at every length, so that they are the lengths at which the planner changes its mind.
+The floor of a site is the roofline of a one-pass kernel that visits only what the mask keeps: no kernel can be faster
+on that device. Crossovers ask the kernels themselves at every length, so that they are the lengths at which the planner
+changes its mind.
 """
 
 from __future__ import annotations

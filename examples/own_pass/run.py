@@ -1,7 +1,7 @@
 """Train one step of a small model with softcapped attention through a pass and a kernel from outside effcompile.
 
-    python examples/own_pass/run.py              the pass alone, given as an option
-    python -m pip install -e examples/own_pass   then the same command finds both, without being told
+python examples/own_pass/run.py              the pass alone, given as an option
+python -m pip install -e examples/own_pass   then the same command finds both, without being told
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import effcompile as eff
 
-LENGTH, WIDTH, HEADS, CAP = 192, 64, 4, 30.0
+LENGTH, WIDTH, HEADS, CAP = 128, 64, 4, 30.0
 
 
 class Layer(nn.Module):

@@ -28,6 +28,7 @@ from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 
 BLOCK = 128
+CHEAP = 8  # operations of a score function per pair; T5's buckets need over 20, ALiBi 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Flex(AttentionKernel):
         if on_cpu and _symbolic(site) and _captures(mask):
             why = "captured tensors of symbolic size break TorchInductor's C++ template (undeclared `ks`, torch 2.13)"
             return Refusal("EFF-A211", why, "compile with dynamic=False")
+        if on_cpu and mask.bias is not None and _operations(mask) > CHEAP:
+            return Refusal("EFF-A212", f"{_operations(mask)} operations a score cost more than reading the bias tensor")
         if on_cpu and (site.q_len == 1 or estimate.extent(site.kv_len) < BLOCK):
             return Refusal("EFF-A206", "shorter than one block")
         visited = estimate.density(site, (BLOCK, BLOCK))
@@ -125,6 +128,12 @@ class Flex(AttentionKernel):
             return score
 
         return _trace(edit, score_mod, 1, (*loads, *sizes))
+
+
+def _operations(mask: Mask) -> int:
+    from effcompile.core.expr import walk
+
+    return sum(1 for node in walk(mask.bias or TRUE) if node.args)
 
 
 def _symbolic(site: AttentionSite) -> bool:

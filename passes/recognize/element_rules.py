@@ -236,7 +236,7 @@ def _extreme(name: str) -> Rule:
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
         if len(node.args) != 2 or not isinstance(node.args[1], fx.Node):
             return reader.leaf(node, index)
-        return _combine(name, [reader.element(arg, index, at) for arg in node.args], _checked(node))
+        return _combine(name, [reader.element(arg, index, at) for arg in node.args], checked(node))
 
     return rule
 
@@ -287,4 +287,5 @@ def rules() -> dict[str, Rule]:
     table |= dict.fromkeys(("to", "_to_copy", "type_as"), _cast)
     table |= {"where": _where, "masked_fill": _masked_fill, "tril": _triangle(False), "triu": _triangle(True)}
     table |= dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp)
-    return table | {"fill": _fill} | index_rules()
+    table |= {"min": _extreme("minimum"), "max": _extreme("maximum"), "fill": _fill}
+    return table | index_rules()

@@ -57,6 +57,15 @@ def _embedding(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     return _looked_up(reader, source, (row, index[-1]), at)
 
 
+def _repeat_interleave(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
+    times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return reader.leaf(node, index)
+    dim %= len(index)
+    moved = apply("floordiv", index[dim], const(times))
+    return reader.element(node.args[0], (*index[:dim], moved, *index[dim + 1 :]), at)
+
+
 def _cumsum(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     """Fold the running sum of a constant; a sum of data is a load."""
     source = node.args[0]
@@ -136,4 +145,5 @@ def _pad(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 def index_rules() -> dict[str, Rule]:
     """Return these rules by ATen name."""
     table: dict[str, Rule] = {"index": _index, "index_select": _index_select, "embedding": _embedding}
+    table |= {"repeat_interleave": _repeat_interleave}
     return table | {"cumsum": _cumsum, "diff": _diff, "cat": _cat, "constant_pad_nd": _pad, "pad": _pad}

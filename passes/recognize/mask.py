@@ -68,6 +68,8 @@ def split(expr: Expr, q_len: Expr, k_len: Expr, empty_row: EmptyRow, dtype: torc
     mask = _finish(keep, bias, fill, rule, _softened(soft, keep), q_len, k_len)
     if mask.empty_row == "uniform" and added and least > _ABSORBS:
         raise Unreadable(f"{least:g} is added to whole rows, where scores still show through it")
+    if mask.empty_row == "uniform" and mask.soft != TRUE and empty_row == "nan":
+        raise Unreadable("rows without keys may be NaN or a mean over some keys")
     return mask
 
 

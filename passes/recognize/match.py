@@ -64,14 +64,19 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
-def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool = False) -> bool:
     """Tell whether the operands of an attention are `[B, Hq, Q, D]`, `[B, Hkv, K, D]`, `[B, Hkv, K, Dv]` as they are.
 
-    Operands that broadcast against each other are not. That D and K agree is taken from the operation, which would fail.
+    Operands that broadcast against each other are not. That D and K agree is taken from the operation,
+    which would fail; `grouped` says that it also checks that Hkv divides Hq.
     """
     if not same_size(q.shape[0], k.shape[0]) or not same_size(q.shape[0], v.shape[0]):
         return False
     heads, groups = q.shape[1], k.shape[1]
     if not same_size(groups, v.shape[1]):
         return False
-    return same_size(heads, groups) or (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0)
+    return (
+        grouped
+        or same_size(heads, groups)
+        or (isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0)
+    )

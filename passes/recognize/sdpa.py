@@ -36,7 +36,7 @@ def match_sdpa(node: fx.Node, grouped: bool = True) -> Match | NoMatch | None:
     scale = given.get("scale")
     if scale is not None and not isinstance(scale, int | float):
         return _refused(node, "EFF-A106", "the scale is computed in the graph", "")
-    if not attends(q.meta["val"], k.meta["val"], v.meta["val"]):
+    if not attends(q.meta["val"], k.meta["val"], v.meta["val"], bool(given.get("enable_gqa"))):
         return _refused(node, "EFF-A105", "query, key and value are broadcast against each other", "expand them")
     mask = given.get("attn_mask")
     if mask is not None and mask.meta["val"].dim() > 4:

@@ -1,7 +1,7 @@
 """Draw random mask programs, written as a person writes them in torch: hypothesis strategies.
 
-A drawn `Program` is a function of the sizes and the data operands that returns a mask; the same function runs eagerly and under a tracer.
-Data operands (padding, document ids, lengths) are filled in later, at random: nothing that recognition sees tells their values.
+A drawn program is a function of sizes and data operands that returns a mask; the same function runs eagerly and traced.
+Data operands (padding, document ids, lengths) are filled in later, at random: recognition never sees their values.
 """
 
 from __future__ import annotations
@@ -221,6 +221,9 @@ def additive(kept: Tensor, fill: float, form: int) -> Tensor:
         mask = torch.full(kept.shape, fill)
         mask.masked_fill_(kept, 0.0)
         return mask
+    if form == 4:  # two masks are added: where both drop a key, two finite fills become -inf
+        halves = torch.arange(kept.shape[-1]) % 2 == 0
+        return sum(torch.zeros(kept.shape).masked_fill(~(kept | part), fill) for part in (halves, torch.arange(1) > 0))  # type: ignore[return-value]
     return torch.full(kept.shape, fill).masked_fill(kept, 0.0)
 
 

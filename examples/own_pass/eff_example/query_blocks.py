@@ -1,8 +1,8 @@
 """Run causal attention, with or without softcap, one block of queries at a time.
 
-Each block multiplies only the keys up to its own end, which leaves little more than half of the products. It consists of
-plain ATen operations, so gradients flow, which is what the built-in kernels with softcap do not offer. Softcap: Gemma 2,
-arXiv:2408.00118.
+Each block multiplies only the keys up to its own end, which leaves little more than half of the products. It consists
+of plain ATen operations, so gradients flow; among the built-in kernels with softcap only `math` offers that. Softcap:
+Gemma 2, arXiv:2408.00118.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
+
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.kernel import Answer, AttentionKernel, Supported
 from effcompile.core.rewrite import Editor
@@ -18,7 +20,6 @@ from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.attention.sdpa import is_square_causal
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
+
 from effcompile.core.plan import Plan
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, Pass, PassResult, copy_graph
-from torch import fx
 
 
 @dataclass(frozen=True)
 class RemoveUnitScale(Pass):
     """Replace `x * 1.0` by `x`.
 
-    It runs on the graph as it was captured, before attention is recognized. Gradients flow through it: the derivative of
-    `x * 1.0` is 1.
+    It runs on the graph as it was captured, before attention is recognized. Gradients flow through it: the derivative
+    of `x * 1.0` is 1.
     """
 
     name: ClassVar[str] = "remove-unit-scale"

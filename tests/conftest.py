@@ -1,0 +1,16 @@
+"""Set up what all tests share: how many examples a property test draws, and a clean compiler before each test that compiles."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# EFF_PROFILE=deep draws many examples, others each time; the default draws a few, the same each time.
+settings.register_profile(
+    "quick", max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+)
+settings.register_profile(
+    "deep", max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+settings.load_profile(os.environ.get("EFF_PROFILE", "quick"))
