@@ -53,9 +53,9 @@ def measure(row: Row, workload: Workload, names: Sequence[str], settings: Settin
         watch.say("reference")
         reference = reference_of(workload)
         scratch = Scratch(Path(folder))
-        if any(isinstance(entry.arm, TorchArm) and entry.arm.compiles for entry in entries):
-            # Headers and worker processes are paid once; what the first arm leaves in the caches still helps the next, so
-            # compile times of a row are a hint only, and the case compile-time measures them.
+        if any(isinstance(entry.arm, TorchArm) and entry.arm.backend in ("inductor", "eff") for entry in entries):
+            # Headers and worker processes are paid once. What the first arm leaves in the caches still helps the next: a
+            # row's compile times are a hint, the case compile-time measures them.
             torch.compile(lambda x: x + 1)(torch.ones(8))
         for entry in entries:
             watch.say(f"preparing {entry.arm.name}")

@@ -38,7 +38,7 @@ def failures(document: Mapping[str, Any]) -> list[str]:
 
 
 def problems(document: Mapping[str, Any]) -> list[str]:
-    """Return one line for each reason why an arm failed, was skipped, is inexact, or recompiled, with the rows it holds for.
+    """Return a line for each reason why an arm failed, was skipped, is inexact or recompiled, with its rows.
 
     A kernel that does not run a mask is no problem, so tables of kernels report failures only.
     """

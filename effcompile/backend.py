@@ -57,7 +57,9 @@ class _Bound:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
         if given.get("options") or given.get("mode"):
-            raise EffError("EFF-U012", "this backend has its options already", hint="give all of them to eff.backend(...)")
+            raise EffError(
+                "EFF-U012", "this backend has its options already", hint="give all of them to eff.backend(...)"
+            )
         return compile_dynamo(gm, example_inputs, self.options)
 
     def reset(self) -> None:
@@ -113,7 +115,9 @@ def _guarded(
     spare: list[Callable[..., Any]] = []
 
     def checked(*args: Any) -> Any:
-        if all(args[place].data_ptr() == pointer and args[place]._version == version for place, pointer, version in stamps):
+        if all(
+            args[place].data_ptr() == pointer and args[place]._version == version for place, pointer, version in stamps
+        ):
             return run(*args)
         if not spare:
             report.stale(compiled.pinned)

@@ -52,7 +52,9 @@ class _Clock:
         self.begun = now
 
 
-def compile_program(program: Program, target: Target, options: Options, dump: Dump, fuel: int | None = None) -> Compiled:
+def compile_program(
+    program: Program, target: Target, options: Options, dump: Dump, fuel: int | None = None
+) -> Compiled:
     """Rewrite and lower a captured program for a target; the caller emits it."""
     ops.register()
     clock, tank = _Clock(), _Fuel(fuel)
@@ -162,5 +164,3 @@ def ordered(passes: Sequence[Pass]) -> tuple[Pass, ...]:
         placed.append(ready)
         waiting.remove(ready)
     return tuple(sorted(placed, key=lambda item: phases.index(item.phase)))
-
-

@@ -121,7 +121,10 @@ def summary() -> dict[str, Any]:
             {
                 "seconds": dict(record.seconds),
                 "sites": [
-                    {**site.to_json(), "kernel": (c.policy if (c := record.compiled.plan.of(site.id, "attention-kernel")) else "")}
+                    {
+                        **site.to_json(),
+                        "kernel": (c.policy if (c := record.compiled.plan.of(site.id, "attention-kernel")) else ""),
+                    }
                     for site in record.compiled.sites
                 ],
                 "missed": [{**m.site.to_json(), "refusal": str(m.refusal)} for m in record.compiled.missed],

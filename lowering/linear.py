@@ -54,6 +54,8 @@ def _pays(node: fx.Node) -> bool:
     value, matrix = x.meta["val"], weight.meta["val"]
     if value.dtype not in (torch.float32, torch.bfloat16) or matrix.dtype != value.dtype or weight.op != "placeholder":
         return False
+    if node.meta["val"].dtype != value.dtype:  # autocast decides the dtype of this call
+        return False
     if matrix.dim() != 2 or value.dim() < 2:
         return False
     rows: Any = 1

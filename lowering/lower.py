@@ -26,9 +26,7 @@ class Lowered:
     kernels: tuple[tuple[str, int], ...] = ()
 
 
-def lower(
-    program: Program, plan: Plan, sites: Sequence[AttentionSite], kernels: Sequence[AttentionKernel]
-) -> Lowered:
+def lower(program: Program, plan: Plan, sites: Sequence[AttentionSite], kernels: Sequence[AttentionKernel]) -> Lowered:
     """Return the lowered program; a site without a choice is our own fault."""
     by_name: Mapping[str, AttentionKernel] = {kernel.name: kernel for kernel in kernels}
     by_id = {site.id: site for site in sites}

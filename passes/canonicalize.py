@@ -139,4 +139,8 @@ def _may_share(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return is_write(node) or target.is_view or op_name(node) in ("to", "contiguous", "reshape", "dropout", "detach", "flatten")
+    return (
+        is_write(node)
+        or target.is_view
+        or op_name(node) in ("to", "contiguous", "reshape", "dropout", "detach", "flatten")
+    )

@@ -176,7 +176,11 @@ def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> tuple[Inputs, list[int]] | s
         target = first.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             return f"`{target}` writes in place"
-        if not isinstance(target, torch._ops.OpOverload) and target not in (operator.getitem, operator.add, operator.mul):
+        if not isinstance(target, torch._ops.OpOverload) and target not in (
+            operator.getitem,
+            operator.add,
+            operator.mul,
+        ):
             return f"`{target}` cannot be outlined"
         operands = [run[number].all_input_nodes for run in runs]
         if len({len(found) for found in operands}) != 1:

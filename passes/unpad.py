@@ -30,10 +30,10 @@ from effcompile.core.site import Refusal
 from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable, op_name
 
-_POINTWISE = frozenset(
-    "add sub mul div pow sqrt rsqrt neg abs exp tanh sigmoid relu gelu silu elu leaky_relu hardtanh clamp to erf square mish".split()
-)
-_LAST_DIM = frozenset("linear layer_norm rms_norm softmax mean sum var".split())
+_ARITHMETIC = ("add", "sub", "mul", "div", "pow", "sqrt", "rsqrt", "neg", "abs", "exp", "clamp", "to", "erf", "square")
+_ACTIVATIONS = ("tanh", "sigmoid", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "mish")
+_POINTWISE = frozenset((*_ARITHMETIC, *_ACTIVATIONS))
+_LAST_DIM = frozenset(("linear", "layer_norm", "rms_norm", "softmax", "mean", "sum", "var"))
 _SHAPES = ("view", "reshape", "_unsafe_view", "contiguous", "clone")
 
 
@@ -120,7 +120,9 @@ def _common_padding(calls: Sequence[AttentionCall]) -> tuple[Expr, fx.Node]:
 
 def _upstream(node: fx.Node) -> fx.Node | None:
     """Return the token activation `[B, S, D]` that a query, key or value is projected from."""
-    while op_name(node) in ("transpose", "permute", *_SHAPES, "linear", "add", "mul") and isinstance(node.args[0], fx.Node):
+    while op_name(node) in ("transpose", "permute", *_SHAPES, "linear", "add", "mul") and isinstance(
+        node.args[0], fx.Node
+    ):
         done = op_name(node) == "linear"
         node = node.args[0]
         if done:
@@ -163,7 +165,9 @@ def _plan_rows(region: _Region, start: fx.Node, calls: Sequence[AttentionCall]) 
             continue
         elif not _row_by_row(region, node, inside):
             source = str(node.meta.get("eff.source", ""))
-            raise _Refused("EFF-A401", f"`{op_name(node) or node.name}` {source} may read padded rows", "pool with the mask")
+            raise _Refused(
+                "EFF-A401", f"`{op_name(node) or node.name}` {source} may read padded rows", "pool with the mask"
+            )
         inside.add(node)
         ordered.append(node)
     if not sites <= inside:
@@ -323,7 +327,11 @@ def _unpack(region: _Region, node: fx.Node, packed: fx.Node, index: fx.Node) -> 
     edit, aten = region.edit, torch.ops.aten
     tail = [edit.size(n) for n in node.meta["val"].shape[2:]]
     batch, length = edit.size(region.batch), edit.size(region.length)
-    rows = edit.call(operator.mul, batch, length) if not isinstance(batch, int) or not isinstance(length, int) else batch * length
+    rows = (
+        edit.call(operator.mul, batch, length)
+        if not isinstance(batch, int) or not isinstance(length, int)
+        else batch * length
+    )
     value = packed.meta["val"]
     zeros = edit.call(aten.zeros.default, [rows, *tail], dtype=value.dtype, device=value.device)
     flat = edit.call(aten.index_copy.default, zeros, 0, index, packed)
@@ -374,5 +382,3 @@ def _packed_node(
         assert isinstance(source, fx.Node)
         args[2] = int(args[2]) % source.meta["val"].dim() - 1
     return edit.call(node.target, *args, like=node, **node.kwargs)  # type: ignore[arg-type]
-
-

@@ -17,7 +17,18 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 LINKS = ("codegen", "lowering", "models", "passes")
-OPTIONAL = ("transformers", "diffusers", "onnx", "onnxruntime", "tensorrt", "matplotlib", "typer", "rich", "openvino", "psutil")
+OPTIONAL = (
+    "transformers",
+    "diffusers",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "matplotlib",
+    "typer",
+    "rich",
+    "openvino",
+    "psutil",
+)
 LATE = ("torch._dynamo", "torch._inductor.compile_fx", "triton")
 
 IMPORT = """
@@ -102,7 +113,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     for name in ("effcompile", *LINKS):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+    ]
     done = subprocess.run([*command, str(source)], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     (file,) = folder.glob("*.whl")

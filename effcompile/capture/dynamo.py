@@ -21,7 +21,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Entry, Input, InputKind, Program
 
 # Higher-order ops that a gradient test in tests/e2e/test_training.py covers (DESIGN section 1).
-DIFFERENTIABLE_HIGHER_ORDER = frozenset({"wrap_with_autocast", "wrap_with_set_grad_enabled", "cond"})
+DIFFERENTIABLE_HIGHER_ORDER = frozenset({"cond"})
 _CARRIED = ("example_value", "grapharg", "tensor_dict", "eff.static")
 
 
@@ -33,11 +33,14 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program
     """Return the program of one Dynamo graph; raise `CaptureRefused` where a retrace could change gradients."""
     training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
     _refuse_subclasses(gm, example_inputs)
+    _refuse_autocast(gm)
     if training:
         _refuse_higher_order(gm)
     mode = compat.dynamo_fake_mode()
     if mode is None:
-        raise CaptureRefused("EFF-G302", "called outside a Dynamo compilation", hint='use torch.compile(model, backend="eff")')
+        raise CaptureRefused(
+            "EFF-G302", "called outside a Dynamo compilation", hint='use torch.compile(model, backend="eff")'
+        )
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
     with mode, fx_traceback.preserve_node_meta():
         traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
@@ -61,13 +64,27 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program
     return Program((entry,), "dynamo", _breaks(gm), training, device)
 
 
+def _refuse_autocast(gm: fx.GraphModule) -> None:
+    """Refuse a graph that changes autocast inside: a retrace records its dtypes as if it did not."""
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") == "_enter_autocast":
+            kind, _, enabled = node.args[:3]
+            if enabled != torch.is_autocast_enabled(kind) or enabled:
+                raise CaptureRefused(
+                    "EFF-G305",
+                    "the model turns autocast on or off itself",
+                    source=source_line(node),
+                    hint="put the autocast region around the call of the compiled model",
+                )
+
+
 def _refuse_higher_order(gm: fx.GraphModule) -> None:
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
         for node in module.graph.nodes:
             if node.op == "call_function" and isinstance(node.target, compat.higher_order_ops()):
-                name = node.target.name()
+                name = str(getattr(node.target, "_name", node.target))
                 if name not in DIFFERENTIABLE_HIGHER_ORDER:
                     raise CaptureRefused(
                         "EFF-G303",
@@ -80,7 +97,11 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
 def _refuse_subclasses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     for value in example_inputs:
-        if isinstance(value, torch.Tensor) and type(value) not in plain and not isinstance(value, torch._subclasses.FakeTensor):
+        if (
+            isinstance(value, torch.Tensor)
+            and type(value) not in plain
+            and not isinstance(value, torch._subclasses.FakeTensor)
+        ):
             raise CaptureRefused(
                 "EFF-G304",
                 f"an input is a {type(value).__module__}.{type(value).__name__} (tensor subclass)",

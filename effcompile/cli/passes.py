@@ -51,11 +51,7 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
                 )
             )
             out.print()
-    out.print(
-        dim(
-            'leave out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package:Class'
-        )
-    )
+    out.print(dim('leave out: options={"disable": ["NAME"]}, or --option disable=NAME; your own: --pass package:Class'))
     return 0
 
 

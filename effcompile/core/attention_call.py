@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -33,8 +34,11 @@ class AttentionCall:
     def of(cls, node: fx.Node) -> AttentionCall:
         """Unpack a node."""
         q, k, v, mask, sinks, loads, sizes, keep, bias, soft, empty, scale, cap = node.args
-        read = [from_json(str(text)) if text else None for text in (keep, bias, soft)]
-        return cls(node, q, k, v, mask, sinks, tuple(loads), tuple(sizes), *read, str(empty), float(scale), float(cap))  # type: ignore[arg-type]
+        operands: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "sinks": sinks}
+        operands |= {"loads": tuple(loads), "sizes": tuple(sizes), "scale": scale, "softcap": cap}  # type: ignore[arg-type]
+        for name, text in (("keep", keep), ("bias", bias), ("soft", soft)):
+            operands[name] = from_json(str(text)) if text else None
+        return cls(node=node, empty_row=str(empty), **operands)
 
     @property
     def grouped(self) -> bool:

@@ -25,7 +25,9 @@ class EffError(Exception):
         super().__init__(code, message)
 
     def __str__(self) -> str:
-        where = " ".join(filter(None, (f"at `{self.site}`" if self.site else "", f"({self.source})" if self.source else "")))
+        where = " ".join(
+            filter(None, (f"at `{self.site}`" if self.site else "", f"({self.source})" if self.source else ""))
+        )
         text = f"{self.code} {where + ': ' if where else ''}{self.message}"
         return f"{text}\n  next: {self.hint}" if self.hint else text
 

@@ -146,7 +146,6 @@ def at_most(a: Expr, b: Expr) -> Expr:
 # --- construction with folding --------------------------------------------------------------------------------------
 
 
-
 def _fold_scalar(op: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
     """Compute a constant operation with torch itself, so that rounding and casts are torch's own."""
     from effcompile.core.expr_eval import apply_torch

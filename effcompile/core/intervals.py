@@ -8,7 +8,7 @@ is kept, `some` wherever one might be, so that a kernel that checks partial bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -151,7 +151,7 @@ def _abs(args: list[Bounds]) -> Bounds:
     return least, torch.maximum(low.abs(), high.abs())
 
 
-_RULES = {
+_RULES: dict[str, Callable[[list[Bounds]], Bounds]] = {
     "add": _add,
     "mul": _mul,
     "le": _le,

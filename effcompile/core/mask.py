@@ -90,7 +90,11 @@ def window_both(part: Expr) -> Expr | None:
     if part.op != "le" or part.args[0].op != "abs" or axes_of(part.args[1]):
         return None
     terms, number = linear(part.args[0].args[0])
-    return part.args[1] if number == 0 and sorted((terms.get(Q, 0), terms.get(K, 0))) == [-1, 1] and len(terms) == 2 else None
+    return (
+        part.args[1]
+        if number == 0 and sorted((terms.get(Q, 0), terms.get(K, 0))) == [-1, 1] and len(terms) == 2
+        else None
+    )
 
 
 def from_terms(terms: dict[Expr, int], number: int) -> Expr:

@@ -61,7 +61,7 @@ class Options:
             if key not in (*FAMILIES, "graph"):
                 raise unknown("EFF-U001", "require key", str(key), FAMILIES)
             if str(value) != "all" and not str(value).isdigit():
-                raise EffError("EFF-U001", f"`require` {key}={value!r}: give \"all\" or a number of sites")
+                raise EffError("EFF-U001", f'`require` {key}={value!r}: give "all" or a number of sites')
         disable = given.pop("disable", ())
         disable = (disable,) if isinstance(disable, str) else tuple(disable)
         emit = str(given.get("emit", EMITTERS[0]))

@@ -88,7 +88,9 @@ class Plan:
         except (ValueError, KeyError, TypeError) as error:
             raise EffError("EFF-P503", f"not a plan: {error}", hint="eff plan MODEL -o plan.json") from error
         if schema != SCHEMA:
-            raise EffError("EFF-P503", f"plan schema {schema}, this version reads {SCHEMA}", hint="make it again: eff plan")
+            raise EffError(
+                "EFF-P503", f"plan schema {schema}, this version reads {SCHEMA}", hint="make it again: eff plan"
+            )
         if digest and digest != plan.hash:  # a person may edit a plan: an emptied hash says so
             raise EffError(
                 "EFF-P503",
@@ -111,7 +113,8 @@ class Plan:
         moved = sorted(s for s in mine.keys() & fingerprints.keys() if mine[s] != fingerprints[s])
         gone, new = sorted(mine.keys() - fingerprints.keys()), sorted(fingerprints.keys() - mine.keys())
         if moved or gone or new:
-            found = [f"{len(x)} sites {word} ({', '.join(x[:3])})" for x, word in ((moved, "changed"), (gone, "gone"), (new, "new")) if x]
+            kinds = ((moved, "changed"), (gone, "gone"), (new, "new"))
+            found = [f"{len(names)} sites {word} ({', '.join(names[:3])})" for names, word in kinds if names]
             raise EffError(
                 "EFF-P501",
                 f"the plan was made for another model or version: {'; '.join(found)}; nothing was applied",

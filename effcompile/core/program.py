@@ -59,7 +59,9 @@ class Program:
 
     def with_graph(self, entry: Entry, graph: fx.GraphModule) -> Program:
         """Return the program with one entry's graph replaced."""
-        return replace(self, entries=tuple(replace(e, graph=graph) if e.name == entry.name else e for e in self.entries))
+        return replace(
+            self, entries=tuple(replace(e, graph=graph) if e.name == entry.name else e for e in self.entries)
+        )
 
 
 def text(program: Program) -> str:
@@ -72,7 +74,7 @@ def text(program: Program) -> str:
             numbers[node] = f"%{len(numbers)}"
             value = node.meta.get("val")
             shape = f"{_short(value.dtype)}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-            operands = fx.node.map_arg((node.args, node.kwargs), lambda item: _Name(numbers[item]))
+            operands = fx.node.map_arg((node.args, node.kwargs), lambda item, of=numbers: _Name(of[item]))
             listed = ", ".join([*map(str, operands[0]), *(f"{k}={v}" for k, v in operands[1].items())])
             target = node.target if node.op == "call_function" else f"{node.op}"
             lines.append(f"  {numbers[node]} = {target}({listed}) {shape}".rstrip())

@@ -184,14 +184,24 @@ def impure(node: fx.Node) -> bool:
         return True
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable) or target in _ASSERTIONS() or torch.Tag.nondeterministic_seeded in target.tags
+        return (
+            bool(target._schema.is_mutable)
+            or target in _ASSERTIONS()
+            or torch.Tag.nondeterministic_seeded in target.tags
+        )
     if target is torch._C._set_grad_enabled:  # a builtin; without it gradients flow through a no_grad block
         return True
     return node.op == "call_function" and not isinstance(target, _builtin) and not _is_operator(target)
 
 
 def _ASSERTIONS() -> tuple[Any, ...]:
-    names = ("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size")
+    names = (
+        "_assert_async",
+        "_assert_scalar",
+        "_assert_tensor_metadata",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    )
     return tuple(getattr(torch.ops.aten, n).default for n in names if hasattr(torch.ops.aten, n))
 
 

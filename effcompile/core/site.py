@@ -44,7 +44,12 @@ class Site:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {key: value if isinstance(value, int | float | str | None) else str(value) for key, value in plain.items()}
+        return {
+            key: value if isinstance(value, int | float | str | None) else str(value) for key, value in plain.items()
+        }
+
+
+FULL = Mask()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class AttentionSite(Site):
     value_dim: int = 64
     q_len: int | str = 1
     kv_len: int | str = 1
-    mask: AnyMask = Mask()
+    mask: AnyMask = FULL
     scale: float = 1.0
     softcap: float = 0.0
     sinks: bool = False

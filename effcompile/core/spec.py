@@ -25,7 +25,9 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     for part in _parts(match["body"] or ""):
         key, sep, value = part.partition("=")
         if not sep or not key.strip():
-            raise EffError("EFF-U003", f"`{part}` in `{text}` is not field=value", hint="spell it like name{field=value}")
+            raise EffError(
+                "EFF-U003", f"`{part}` in `{text}` is not field=value", hint="spell it like name{field=value}"
+            )
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

@@ -45,7 +45,9 @@ def _same_outputs(old: fx.Graph, new: fx.Graph) -> None:
             raise RewriteError("EFF-X901", f"output {number} changed its kind")
         if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
             if x.dtype != y.dtype or x.device != y.device or len(x.shape) != len(y.shape):
-                raise RewriteError("EFF-X901", f"output {number}: {x.dtype}{list(x.shape)} became {y.dtype}{list(y.shape)}")
+                raise RewriteError(
+                    "EFF-X901", f"output {number}: {x.dtype}{list(x.shape)} became {y.dtype}{list(y.shape)}"
+                )
             fixed = [(p, q) for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int)]
             if any(p != q for p, q in fixed):
                 raise RewriteError("EFF-X901", f"output {number}: {list(x.shape)} became {list(y.shape)}")
@@ -54,5 +56,10 @@ def _same_outputs(old: fx.Graph, new: fx.Graph) -> None:
 def _results(graph: fx.Graph) -> list[Any]:
     output = next(node for node in graph.nodes if node.op == "output")
     flat: list[Any] = []
-    fx.node.map_arg(output.args, lambda node: flat.append(node.meta.get("val")) or node)
+
+    def collect(node: fx.Node) -> fx.Node:
+        flat.append(node.meta.get("val"))
+        return node
+
+    fx.node.map_arg(output.args, collect)
     return flat

@@ -26,7 +26,8 @@ def grid(batch: int, heads: int, q_len: int, k_len: int, device: torch.device) -
     """Return the four index tensors `[B,1,1,1] [1,H,1,1] [1,1,Q,1] [1,1,1,K]`."""
     extents = (batch, heads, q_len, k_len)
     return tuple(
-        torch.arange(n, device=device).reshape([n if d == place else 1 for d in range(4)]) for place, n in enumerate(extents)
+        torch.arange(n, device=device).reshape([n if d == place else 1 for d in range(4)])
+        for place, n in enumerate(extents)
     )
 
 

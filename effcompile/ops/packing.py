@@ -46,16 +46,16 @@ def attention_packed(
         begin = end
         if length == 0:
             continue
-        tiles = [x[span].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        query, key, value = (x[span].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         keys = is_key[span]
         if not every_key and not bool(keys.all()):
             chosen = keys.nonzero().squeeze(1)
             if chosen.numel() == 0:
                 out[span] = 0
                 continue
-            tiles[1:] = [tile[:, :, chosen] for tile in tiles[1:]]
+            key, value = key[:, :, chosen], value[:, :, chosen]
         grouped = q.shape[1] != k.shape[1]
-        result = F.scaled_dot_product_attention(*tiles, scale=scale, enable_gqa=grouped)
+        result = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
         out[span] = result.transpose(1, 2).flatten(0, 1)
     return out
 

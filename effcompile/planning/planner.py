@@ -38,7 +38,9 @@ def make_plan(
         answers: list[tuple[float, AttentionKernel, Supported]] = []
         for kernel in kernels:
             if training and not kernel.differentiable:
-                why = Refusal("EFF-A301", "no gradient flows through this kernel", "run inference under torch.no_grad()")
+                why = Refusal(
+                    "EFF-A301", "no gradient flows through this kernel", "run inference under torch.no_grad()"
+                )
                 declined.append(Decline(site.id, KERNEL, kernel.name, why, site.source))
                 continue
             answer = kernel.supports(site, target)

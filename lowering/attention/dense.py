@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
+from effcompile.core.errors import RewriteError
 from effcompile.core.kernel import Answer, AttentionKernel, Supported
 from effcompile.core.mask import Mask
-from effcompile.core.rewrite import Editor, RewriteError
+from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from effcompile.core.expr import FALSE, TRUE, Expr, axes_of
-from effcompile.core.expr import KEY, QUERY
+from effcompile.core.expr import FALSE, KEY, QUERY, TRUE, Expr, axes_of
 from effcompile.core.intervals import block_bounds
 from effcompile.core.mask import Mask
 from effcompile.core.site import AttentionSite
@@ -74,4 +73,3 @@ def seconds(kind: str, site: AttentionSite, target: Target, visited: float) -> f
     half = site.dtype in ("bfloat16", "float16")
     peak = target.device.peak(site.dtype if target.device.supports(site.dtype) else "float32")
     return flops / (peak * _RATE[kind][half]) + _CALL.get(kind, 1e-5)
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +72,7 @@ class Flex(AttentionKernel):
         q, k, v = call.q, call.k, call.v
         rows, columns = q.meta["val"].shape[2], k.meta["val"].shape[2]
         key = (to_json(mask.keep), call.loads, call.sizes, str(rows), str(columns))
-        q_value, k_value = q.meta["val"], k.meta["val"]
+        q_value = q.meta["val"]
         sizes = [edit.size(n) for n in (q_value.shape[0], q_value.shape[1], rows, columns)]
         lists = edit.shared(
             ("block-map", *key),
@@ -79,7 +80,8 @@ class Flex(AttentionKernel):
             lambda: self._block_map(edit, call, to_json(mask.keep), sizes, q_value.device),
         )
         parts = [
-            edit.shared(("block-map", *key, n), (lists,), lambda n=n: edit.call(operator.getitem, lists, n)) for n in range(4)
+            edit.shared(("block-map", *key, n), (lists,), partial(edit.call, operator.getitem, lists, n))
+            for n in range(4)
         ]
         keep, mask_loads, mask_sizes = _operands(mask.keep, call)
         mask_mod = edit.shared(
@@ -169,7 +171,9 @@ def _trace(edit: Editor, function: Callable[..., Any], scores: int, operands: tu
     assert mode is not None
     values = [operand.meta["val"] if isinstance(operand, fx.Node) else operand for operand in operands]
     device = next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
-    device = next((n.meta["val"].device for n in edit.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), device)
+    device = next(
+        (n.meta["val"].device for n in edit.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), device
+    )
     with mode:
         scalars = [torch.empty((), device=device) for _ in range(scores)]
         scalars += [torch.empty((), dtype=torch.int32, device=device) for _ in range(4)]

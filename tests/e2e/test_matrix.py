@@ -57,6 +57,8 @@ def test_equal_to_eager_through_inductor(case: MatrixCase, call: Call) -> None:
 
 def test_the_page_shows_the_record() -> None:
     rows = recorded()
-    assert {name: set(calls) for name, calls in rows.items()} == {c.name: {x.name for x in c.calls} for c in cases()}, ACCEPT
+    assert {name: set(calls) for name, calls in rows.items()} == {c.name: {x.name for x in c.calls} for c in cases()}, (
+        ACCEPT
+    )
     assert PAGE.read_text() == page(rows), ACCEPT
     assert GOLDEN.exists()

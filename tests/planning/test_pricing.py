@@ -18,7 +18,9 @@ from effcompile.skeleton import strip
 from effcompile.targets import devices
 
 H100 = Target.parse("h100", devices())
-SITE = AttentionSite("a", "attention", "forward", "m.py:1", batch=1, heads=8, kv_heads=8, q_len=4096, kv_len=4096, mask=CAUSAL)
+SITE = AttentionSite(
+    "a", "attention", "forward", "m.py:1", batch=1, heads=8, kv_heads=8, q_len=4096, kv_len=4096, mask=CAUSAL
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def test_half_the_blocks_are_cheaper() -> None:
 def test_crossover_is_where_the_times_meet() -> None:
     (pays,) = crossovers(SITE, [Linear(), Dense()], H100)
     assert (pays.kernel, pays.against, pays.where.direction) == ("padded", "dense", "above")
-    assert pays.where.length == pytest.approx(10.0 / 0.009, rel=0.1)  # between the examined lengths the times are power laws
+    assert pays.where.length == pytest.approx(
+        10.0 / 0.009, rel=0.1
+    )  # between the examined lengths the times are power laws
     assert pays.where.tag == "modelled"
     assert pays.decides
     assert str(pays).startswith("padded pays above S = ")

@@ -10,9 +10,9 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import effcompile as eff
-from effcompile.report import count, log
 from effcompile.core.errors import EffError
 from effcompile.models import zoo
+from effcompile.report import count, log
 from tests.cli import samples
 
 
@@ -50,7 +50,9 @@ def test_a_plan_replays(tmp_path: Path) -> None:
         found = torch.compile(loaded.model, backend="eff", options={"plan": str(path)})(*args)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     (record,) = log().graphs
-    assert record.compiled.plan.hash == eff.explain(loaded.model, *args, options={"disable": ["select-linear"]}).plan.hash
+    assert (
+        record.compiled.plan.hash == eff.explain(loaded.model, *args, options={"disable": ["select-linear"]}).plan.hash
+    )
     assert "select-linear" not in record.compiled.ran
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-
 from effcompile.backend import compile_dynamo
 from effcompile.core.mask import Opaque
 from effcompile.core.options import Options
