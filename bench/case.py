@@ -94,6 +94,10 @@ class Case(ABC):
     """What a row does and what one timed call is, for the report."""
     unit: ClassVar[str] = "call"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    form_words: ClassVar[tuple[str, ...]] = ()
+    """What `--forms` can name."""
+    dtype_words: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    """What `--dtypes` can name."""
     headline: ClassVar[bool] = True
     """Whether the README shows the case; tables of kernels are for the planner."""
 

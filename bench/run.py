@@ -14,7 +14,7 @@ from bench import store
 from bench.case import Case, Settings, Watch, cases, find_case
 from bench.clocks import require_device
 from bench.manifest import ROOT, manifest
-from effcompile.core.errors import EffError
+from effcompile.core.errors import EffError, unknown
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -24,7 +24,7 @@ def choose(names: Sequence[str], settings: Settings) -> tuple[Case, ...]:
 
     Raises:
         EffError: EFF-B102 unknown case, EFF-B103 unknown arm, EFF-B105 no such device or a case that does not run
-            there, EFF-B107 no row left.
+            there, EFF-B107 a form or dtype that no case has, or no row left.
     """
     require_device(settings.device)
     if names:
@@ -36,6 +36,7 @@ def choose(names: Sequence[str], settings: Settings) -> tuple[Case, ...]:
                 )
     else:
         chosen = tuple(case for case in cases() if settings.device in case.devices)
+    _check_words(chosen, settings)
     for case in chosen:
         case.chosen_arms(settings)
         if names and not case.rows(settings):
@@ -43,6 +44,17 @@ def choose(names: Sequence[str], settings: Settings) -> tuple[Case, ...]:
                 "EFF-B107", f"no row of {case.name} has these lengths, forms and dtypes", hint="eff bench --list"
             )
     return chosen
+
+
+def _check_words(chosen: Sequence[Case], settings: Settings) -> None:
+    """Refuse a form or dtype that none of the cases has; a case that lacks one leaves it to the others."""
+    for option, given, known in (
+        ("form", settings.forms, {word for case in chosen for word in case.form_words}),
+        ("dtype", settings.dtypes, {word for case in chosen for word in case.dtype_words}),
+    ):
+        for word in given:
+            if word not in known:
+                raise unknown("EFF-B107", option, word, known, hint="eff bench --list")
 
 
 def run(
@@ -118,6 +130,7 @@ def listing(settings: Settings) -> list[dict[str, Any]]:
             "about": case.about,
             "devices": list(case.devices),
             "rows": [row.id for row in case.rows(settings)],
+            "forms": list(case.form_words),
             "arms": list(case.arms(settings.device)),
             "other_arms": [name for name in case.known_arms(settings.device) if name not in case.arms(settings.device)],
         }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from effcompile import report
@@ -95,6 +96,8 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
         if error.exit_code != 4 or options.strict:
             raise
         return _fallback(gm, example_inputs, options, error)
+    except torch._dynamo.exc.RestartAnalysis:
+        raise  # no failure: Dynamo traces the frame again with what TorchInductor found out about its scalars
     except Exception as error:
         if options.strict:  # Dynamo would turn some of torch's own exceptions into a silent graph break
             raise RewriteError("EFF-X900", f"{type(error).__name__}: {error}") from error

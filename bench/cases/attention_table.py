@@ -35,6 +35,7 @@ class AttentionTable(Case):
         "2, 9 query and 3 key/value heads; window 256; half of the positions are padding on the left (3/4 and 1/4 "
         "real); documents of S/4."
     )
+    form_words: ClassVar[tuple[str, ...]] = MASKS
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     head_dims: tuple[int, ...] = (64, 128)
     masks: tuple[str, ...] = MASKS

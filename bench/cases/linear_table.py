@@ -38,6 +38,7 @@ class LinearTable(Case):
     about: ClassVar[str] = (
         "GFLOP/s of aten.linear (the BLAS that torch links) and of eff::linear (oneDNN, weight packed inside the call)."
     )
+    form_words: ClassVar[tuple[str, ...]] = tuple(name for name, _, _ in LAYERS)
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     layers: tuple[tuple[str, int, int], ...] = LAYERS
     lengths: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)

@@ -16,7 +16,7 @@ from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
 from effcompile.models.text import pydoc_text, token_windows
 
-FORMS = ("default", "no-cache", "padded", "padded-1")
+FORMS = ("default", "no-cache", "left-padded", "left-padded-1")
 SAMPLED = 64
 """Positions of the logits that are compared, evenly spread over the real ones."""
 
@@ -26,24 +26,25 @@ class SmolLM2Prefill(ModelCase):
     """Run the unmodified transformers class over 512 to 8,192 tokens of Python's documentation.
 
     Forms: `default` is `model(ids)`; `no-cache` is `model(ids, use_cache=False)`, which makes transformers build an S x
-    S mask; `padded` is a left-padded batch of two in a bucket of S tokens, with 3/4 and 1/4 of it real (half on
-    average); `padded-1` is one sequence that fills half of its bucket.
+    S mask; `left-padded` is a left-padded batch of two in a bucket of S tokens, with 3/4 and 1/4 of it real (half on
+    average); `left-padded-1` is one sequence that fills half of its bucket.
     """
 
     name: ClassVar[str] = "smollm2-prefill"
     title: ClassVar[str] = "SmolLM2-135M prefill"
     about: ClassVar[str] = (
         "Unmodified transformers LlamaForCausalLM, trained weights, real text, logits of every position. ONNX Runtime "
-        "and OpenVINO run the export with use_cache=False in every form. padded: batch of 2, left-padded, 3/4 and 1/4 "
-        "real tokens."
+        "and OpenVINO run the export with use_cache=False in every form. left-padded: batch of 2, 3/4 and 1/4 real "
+        "tokens."
     )
+    form_words: ClassVar[tuple[str, ...]] = FORMS
     model: str = "smollm2-135m"
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    forms: tuple[str, ...] = ("default", "no-cache", "padded")
+    forms: tuple[str, ...] = ("default", "no-cache", "left-padded")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def rows(self, settings: Settings) -> Sequence[Row]:
-        """Return length x form x dtype; `padded-1` runs when it is asked for."""
+        """Return length x form x dtype; `left-padded-1` runs when it is asked for."""
         forms = FORMS if settings.forms else self.forms
         return grid(settings, (128,) if settings.quick else self.lengths, forms, self.dtypes)
 
@@ -75,7 +76,7 @@ class SmolLM2Prefill(ModelCase):
 
 def token_batch(loaded: ZooModel, form: str, length: int) -> tuple[Tensor, Tensor | None]:
     """Return token ids `[B, length]` of real text and, for padded forms, the attention mask (0: padding)."""
-    fills = {"padded": (0.75, 0.25), "padded-1": (0.5,)}.get(form)
+    fills = {"left-padded": (0.75, 0.25), "left-padded-1": (0.5,)}.get(form)
     rows = len(fills or (1,))
     if loaded.tokenizer is None:  # random weights: the tokens mean nothing anyway
         ids = loaded.example_inputs(rows, length)[0] or (loaded.example_inputs(rows, length)[1]["input_ids"],)

@@ -44,14 +44,12 @@ def block_bounds(
         value = evaluate(node, axes, loads, sizes)
         value = value.reshape([1] * (4 - value.dim()) + list(value.shape)) if value.dim() < 4 else value
         low, high = (value, value) if not depends else _reduced(value, next(iter(depends)), blocks)
-        # Bounds of numbers are float64: exact for every index, and infinite where nothing is known, without wrapping around.
-        if value.dtype == BOOL:
-            return low, high
-        return low.double().nan_to_num(-math.inf, math.inf, -math.inf), high.double().nan_to_num(
-            math.inf, math.inf, -math.inf
-        )
+        # Bounds of integers are float64: exact for every index, infinite where nothing is known, never wrapping around.
+        return (low, high) if value.dtype == BOOL else (low.double(), high.double())
 
     def mixed(node: Expr) -> Bounds:
+        if any(arg.dtype.is_floating_point for arg in node.args):
+            return unknown(node)  # NaN has no bounds
         if node.op in _RULES:
             return _RULES[node.op]([run(arg) for arg in node.args])
         if node.op == "floordiv" and node.args[1].is_const and int(node.args[1].value or 0) > 0:
@@ -61,9 +59,11 @@ def block_bounds(
         if node.op == "mod" and node.args[1].is_const and int(node.args[1].value or 0) > 0:
             by = int(node.args[1].value or 1)
             return zero, zero + (by - 1)
+        return unknown(node)
+
+    def unknown(node: Expr) -> Bounds:
         if node.dtype == BOOL:
-            unknown = torch.zeros((1, 1, 1, 1), dtype=BOOL, device=device)
-            return unknown, ~unknown
+            return zero > 0, zero == 0
         return zero - math.inf, zero + math.inf
 
     every, some = run(expr)

@@ -51,7 +51,8 @@ class Math(AttentionKernel):
             assert site.mask.is_full, "a proved mask of a chain keeps its tensor"
         if call.sinks is not None:
             scores = self._with_sinks(edit, scores, call.sinks)
-        probs = edit.call(aten.softmax.int, scores, -1, torch.float32)
+        wide = torch.promote_types(scores.meta["val"].dtype, torch.float32)
+        probs = edit.call(aten.softmax.int, scores, -1, wide)
         if call.sinks is not None:
             probs = edit.call(aten.slice.Tensor, probs, 3, 0, -1)
         if probs.meta["val"].dtype != v.meta["val"].dtype:

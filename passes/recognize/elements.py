@@ -195,7 +195,8 @@ class Reader:
 
     def _written_number(self, node: fx.Node) -> Expr | None:
         """Return the number that the source spells as a 0-dimensional tensor: a part of the program, not of its data."""
-        held = getattr(self.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+        named = node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+        held = getattr(self.graph.owning_module, str(node.target), None) if named else None
         if not isinstance(held, torch.Tensor) or held.dim() or held.dtype not in (BOOL, *_INTEGERS, torch.float32):
             return None
         return None if self.aliases.writes(node) else const(held.item(), held.dtype)

@@ -58,8 +58,8 @@ def test_rows_are_unique_and_complete(case: Case, quick: bool) -> None:
 
 
 def test_lengths_forms_and_dtypes_choose_rows() -> None:
-    rows = SmolLM2Prefill().rows(Settings(lengths=(512, 100), forms=("padded-1",), dtypes=("float32",)))
-    assert [row.id for row in rows] == ["512-padded-1-float32", "100-padded-1-float32"]
+    rows = SmolLM2Prefill().rows(Settings(lengths=(512, 100), forms=("left-padded-1",), dtypes=("float32",)))
+    assert [row.id for row in rows] == ["512-left-padded-1-float32", "100-left-padded-1-float32"]
     assert len(SmolLM2Prefill().rows(Settings())) == 30
 
 
@@ -78,8 +78,13 @@ def test_unknown_words_are_errors_with_near_matches(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EffError, match="did you mean inductor") as caught:
         runner.choose(["dit"], Settings(arms=("inducter",)))
     assert caught.value.code == "EFF-B103"
-    with pytest.raises(EffError) as caught:
+    with pytest.raises(EffError, match="unknown dtype"):
         runner.choose(["dit"], Settings(dtypes=("float16",)))
+    with pytest.raises(EffError, match="did you mean left-padded") as caught:
+        runner.choose(["smollm2-prefill", "dit"], Settings(forms=("padded-left",)))
+    assert caught.value.code == "EFF-B107"
+    with pytest.raises(EffError, match="no row") as caught:
+        runner.choose(["smollm2-prefill", "attention-table"], Settings(forms=("causal",)))
     assert caught.value.code == "EFF-B107"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(EffError, match="cpu only"):
@@ -167,12 +172,12 @@ def test_preparing_an_arm_is_boxed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_padded_tokens_fill_half_of_the_bucket() -> None:
-    ids, mask = token_batch(zoo.load("llama-tiny"), "padded", 64)
+    ids, mask = token_batch(zoo.load("llama-tiny"), "left-padded", 64)
     assert mask is not None
     assert ids.shape == mask.shape == (2, 64)
     assert mask.float().mean() == 0.5
     assert bool((mask.diff(dim=1) >= 0).all()), "padding is on the left"
-    single, half = token_batch(zoo.load("llama-tiny"), "padded-1", 64)
+    single, half = token_batch(zoo.load("llama-tiny"), "left-padded-1", 64)
     assert half is not None
     assert (single.shape, half.sum()) == ((1, 64), 32)
     assert token_batch(zoo.load("llama-tiny"), "default", 64)[1] is None

@@ -118,3 +118,13 @@ def test_a_time_box_ends_what_catches_exceptions() -> None:
     assert time.perf_counter() - begun < 5
     with time_box(0):
         time.sleep(0.001)
+
+
+def test_an_outer_time_box_goes_on() -> None:
+    def inner() -> None:
+        with time_box(60):
+            time.sleep(0.01)
+        time.sleep(30)
+
+    with pytest.raises(OutOfTime, match="after 0 s"), time_box(0.2):
+        inner()

@@ -142,6 +142,14 @@ def test_dense(rule: str, dtype: torch.dtype) -> None:
         check_kernel("dense", masked(RULES[rule], fill), make(*UNEQUAL[0], dtype))
 
 
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_flex(rule: str, symbolic: bool) -> None:
+    for fill in (None, -math.inf):
+        args = make(*UNEQUAL[2], torch.float32)
+        check_kernel("flex", masked(RULES[rule], fill), args, symbolic=symbolic)
+
+
 STYLES = ("left", "right", "holes", "none", "all")
 
 
@@ -251,6 +259,12 @@ def test_a_float32_mask_on_bfloat16_scores_keeps_its_precision() -> None:
     for kernel in ("dense", "math"):
         check_kernel(kernel, alibi, args)
         check_kernel(kernel, padding_mask, (*args, padding(2, 9, "none")))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_float64_stays_float64(name: str) -> None:
+    q, k, v = (x.double() for x in make(2, (4, 4), (7, 7), (16, 8), torch.float32))
+    check_kernel("math", CHAINS[name], (q, k, v, torch.randn(4, dtype=torch.float64)))
 
 
 def test_every_kernel_declines_with_a_reason() -> None:
