@@ -23,7 +23,7 @@ def table(document: Mapping[str, Any]) -> Table:
     arms = arm_names(document)
     names = [name.replace("-", " ") for name in arms]  # so that they wrap
     best = {row["id"]: versus_best(row) for row in document["rows"]}
-    last = ("eff vs fastest peer",) if any(best.values()) else ()
+    last = ("against the fastest peer",) if any(best.values()) else ()
     rows = []
     for row in document["rows"]:
         cells = [_cell(document, row, name, [], wide=True) for name in arms]
@@ -154,7 +154,7 @@ def section(document: Mapping[str, Any]) -> str:
     arms = arm_names(document)
     place = "" if document["device"] == "cpu" else f" on {document['device']}"
     lines = [f"### {document['title']}{place}", "", document["about"], ""]
-    lines.append("| row | " + " | ".join(arms) + " | eff vs fastest peer |")
+    lines.append("| row | " + " | ".join(arms) + " | against the fastest peer |")
     lines.append("| --- |" + " ---: |" * (len(arms) + 1))
     for row in document["rows"]:
         cells = [_cell(document, row, name, notes) for name in arms]

@@ -9,7 +9,8 @@ from effcompile.backend import FallbackWarning, backend
 from effcompile.core.errors import EffError
 from effcompile.explaining import explain
 from effcompile.report import summary as report
+from effcompile.switches import off
 
 __version__ = "0.1.0"
 
-__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "explain", "report"]
+__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "explain", "off", "report"]

@@ -123,7 +123,8 @@ def _guarded(
         ):
             return run(*args)
         if not spare:
-            report.stale(compiled.pinned)
+            called = {item.node: item.name for item in compiled.program.entries[0].inputs}
+            report.stale(tuple(called[node] for node in compiled.pinned))
             spare.append(interpret_graph(gm))  # outside Dynamo no graph of symbolic sizes can be compiled
         return spare[0](*args)
 

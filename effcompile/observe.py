@@ -170,13 +170,13 @@ def _called(skeleton: Skeleton) -> tuple[frozenset[str], Stop | None]:
 
 @contextmanager
 def _forgotten() -> Iterator[None]:
-    """Make Dynamo forget the frames that it meets in this block for the first time.
+    """Make Dynamo forget what it learns in this block about the frames that it meets.
 
     It marks code that it gave up on (a break inside a loop) and then skips it for good, for every model of the class and every
-    backend: a dry run must leave no such mark behind.
+    backend: a dry run must leave no such mark. Code that was compiled before keeps what was compiled.
     """
-    from torch._dynamo import convert_frame
-    from torch._dynamo.eval_frame import reset_code
+    from torch._dynamo import convert_frame, eval_frame
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
 
     known = convert_frame.input_codes
     convert_frame.input_codes = met = convert_frame.Tracker()
@@ -184,10 +184,11 @@ def _forgotten() -> Iterator[None]:
         yield
     finally:
         convert_frame.input_codes = known
-        for reference in met.seen:
-            code = reference()
-            if code is not None and code not in known:
-                reset_code(code)
+        for code in filter(None, (reference() for reference in met.seen)):
+            if code in known:
+                eval_frame.set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+            else:
+                eval_frame.reset_code(code)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def summary() -> dict[str, Any]:
                 ],
                 "missed": [{**m.site.to_json(), "refusal": str(m.refusal)} for m in record.compiled.missed],
                 "notes": list(record.compiled.plan.notes),
+                "breaks": [{"reason": b.reason, "source": b.source} for b in record.compiled.program.breaks],
             }
             for record in _LOG.graphs
         ],

@@ -133,7 +133,7 @@ def module_path(source: str) -> str:
     path = re.sub(r"\._(?:modules|parameters|buffers)\b", "", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     path = re.sub(r"\b__dict__\._(?:modules|parameters|buffers)\.", "", path)  # a module whose __getattr__ is its own
-    return re.sub(r"^self\.", "", path)
+    return re.sub(r"^(?:self|fn)\.", "", path)
 
 
 def _mark_sources(graph: fx.Graph) -> None:

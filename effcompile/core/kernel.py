@@ -39,6 +39,12 @@ class AttentionKernel(ABC):
     def supports(self, site: AttentionSite, target: Target) -> Answer:
         """Return the cost of running the site, or why it cannot be run."""
 
+    def gradient(self, site: AttentionSite) -> Refusal | None:
+        """Return why gradients of the site cannot flow through this kernel as they do in the source, else None."""
+        if self.differentiable:
+            return None
+        return Refusal("EFF-A301", "no gradient flows through this kernel", "run inference under torch.no_grad()")
+
     @abstractmethod
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the kernel before `node` and return the node of its result `[B, Hq, Q, Dv]`."""

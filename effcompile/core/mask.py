@@ -172,7 +172,9 @@ def describe(part: Expr) -> str:
 def is_alibi(bias: Expr) -> bool:
     """Tell whether the addend is a slope per head times a key position or distance."""
     return any(
-        node.op == "mul" and any(HEAD in axes_of(arg) and KEY not in axes_of(arg) for arg in node.args)
+        node.op == "mul"
+        and any(HEAD in axes_of(arg) and KEY not in axes_of(arg) for arg in node.args)
+        and any(KEY in axes_of(arg) and HEAD not in axes_of(arg) for arg in node.args)
         for node in walk(bias)
     )
 

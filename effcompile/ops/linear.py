@@ -1,7 +1,8 @@
 """Define `eff::linear_v1`: x @ weight^T + bias through oneDNN.
 
 TorchInductor lowers `mkldnn::_linear_pointwise` itself only for frozen weights; as an op of our own the weight stays an ordinary
-input, so that an optimizer step or a LoRA swap is seen. oneDNN packs the weight inside the call, which costs 1 to 5 % at 512 rows and up.
+input, so that an optimizer step or a LoRA swap is seen. oneDNN packs the weight inside the call, which costs 1 to 5 % at 512 rows
+and up.
 """
 
 from __future__ import annotations

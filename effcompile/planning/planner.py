@@ -37,10 +37,7 @@ def make_plan(
     for site in sites:
         answers: list[tuple[float, AttentionKernel, Supported]] = []
         for kernel in kernels:
-            if training and not kernel.differentiable:
-                why = Refusal(
-                    "EFF-A301", "no gradient flows through this kernel", "run inference under torch.no_grad()"
-                )
+            if training and (why := kernel.gradient(site)) is not None:
                 declined.append(Decline(site.id, KERNEL, kernel.name, why, site.source))
                 continue
             answer = kernel.supports(site, target)

@@ -36,6 +36,12 @@ class SdpaDense(AttentionKernel):
             return Refusal("EFF-A203", "there is no mask")
         return Supported(estimate.seconds("dense", site, target, 1.0))
 
+    def gradient(self, site: AttentionSite) -> Refusal | None:
+        """Refuse chains with rows without keys: SDPA's backward recomputes exp(score - LSE), and there LSE rounds to the fill."""
+        if site.idiom.startswith("sdpa") or (isinstance(site.mask, Mask) and site.mask.empty_row == "never"):
+            return None
+        return Refusal("EFF-A302", "SDPA's backward gives a row without keys n times its gradient")
+
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert SDPA with the mask operand."""
         import torch

@@ -16,7 +16,7 @@ def test_markdown_has_figures_ratios_tags_and_reasons() -> None:
     text = report.markdown([document()])
     lines = text.splitlines()
     header = next(line for line in lines if line.startswith("| row"))
-    assert header == "| row | eager | inductor | eff | onnxruntime | openvino | eff vs fastest peer |"
+    assert header == "| row | eager | inductor | eff | onnxruntime | openvino | against the fastest peer |"
     assert "| a | 4000 ms | 2000 ms (2.00x) | 1000 ms (4.00x) | failed [1] | - [2] | 2.00x inductor |" in lines
     assert "| b | 4 ms | 2 ms (2.00x) | 1 ms (4.00x) | failed [1] | - [2] | 2.00x inductor |" in lines
     assert "[1] no / kernel &lt;for it>  " in text

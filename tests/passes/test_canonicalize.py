@@ -24,7 +24,6 @@ IDENTITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "reshape": lambda x: x.reshape(2, -1, 4).sin(),
     "slice": lambda x: x[:, :].sin(),
     "long slice": lambda x: x[:, :, :99].sin(),
-    "contiguous": lambda x: x.contiguous().sin(),
     "several": lambda x: F.dropout(x.contiguous().view(2, 3, 4), 0.1, False).sin(),
 }
 

@@ -147,7 +147,11 @@ def test_dense(rule: str, dtype: torch.dtype) -> None:
 def test_flex(rule: str, symbolic: bool) -> None:
     for fill in (None, -math.inf):
         args = make(*UNEQUAL[2], torch.float32)
-        check_kernel("flex", masked(RULES[rule], fill), args, symbolic=symbolic)
+        try:
+            check_kernel("flex", masked(RULES[rule], fill), args, symbolic=symbolic)
+        except AssertionError as refusal:  # a captured size breaks TorchInductor's C++ template; static ones must pass
+            assert symbolic, refusal
+            assert "EFF-A211" in str(refusal), refusal
 
 
 STYLES = ("left", "right", "holes", "none", "all")
