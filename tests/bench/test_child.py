@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from bench import store
 from bench.case import Settings, Watch
 from bench.cases.compile_time import CompileTime
@@ -50,7 +52,7 @@ def test_a_compilation_is_timed_from_an_empty_cache(tmp_path: Path) -> None:
     assert answer["phases"]["_compile.compile_inner"] > 0
 
 
-def test_cases_turn_answers_into_rows(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_cases_turn_answers_into_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = {
         "compile_seconds": 2.0,
         "first_call_seconds": 2.5,
@@ -73,7 +75,7 @@ def test_cases_turn_answers_into_rows(monkeypatch) -> None:  # type: ignore[no-u
         document = store.merge(store.empty(case.name, case.title, case.about, case.unit, "cpu"), facts, rows)
         assert store.check(document) == []
         assert rows[0]["arms"]["inductor-max-autotune"] == {"error": "too slow"}
-        assert (rows[0]["ratios"][-1]["arm"], rows[0]["ratios"][-1]["to"]) == ("eff", "inductor")
+        assert ("eff", "inductor") in {(item["arm"], item["to"]) for item in rows[0]["ratios"]}
     assert [row["id"] for row in CompileTime().measure(CompileTime().rows(SETTINGS)[0], SETTINGS, Watch())] == [
         "cold-64-float32",
         "warm-64-float32",
