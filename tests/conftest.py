@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # EFF_PROFILE=deep draws many examples, others each time; the default draws a few, the same each time.
@@ -14,3 +16,12 @@ settings.register_profile(
     "deep", max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 settings.load_profile(os.environ.get("EFF_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def clean_compiler() -> None:
+    """Forget compiled code and reports, so that no test sees the graphs of another."""
+    if "effcompile.report" in sys.modules:
+        sys.modules["effcompile.report"].clear()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
