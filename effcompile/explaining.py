@@ -83,14 +83,14 @@ def explain(
         observation = observe(skeleton, dynamic=dynamic)
     traced = time.perf_counter()
     explanation = describe(observation, skeleton.model, chosen, replace(asked, require=()))
-    clock = (("trace", traced - began), ("decide", time.perf_counter() - traced))
+    rest = time.perf_counter() - traced - sum(seconds for _, seconds in explanation.seconds)
     found = replace(
         explanation,
         model=name or type(model).__name__,
         stop=explanation.stop + (_ON_WEIGHTS if explanation.stop and dry else ""),
-        inputs=tuple(_spelled(value) for value in (*inputs, *kwargs.values())),
+        inputs=(*map(_spelled, inputs), *(f"{word}={_spelled(value)}" for word, value in kwargs.items())),
         weights="not read" if dry else "real",
-        seconds=(*clock, *explanation.seconds),
+        seconds=(("trace", traced - began), *explanation.seconds, ("price", rest)),
         command=command,
     )
     found.keep_contract(asked.require)

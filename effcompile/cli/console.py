@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,7 @@ from rich.text import Text
 from effcompile.core.errors import EffError
 
 _PIPE_WIDTH = 160  # columns where nobody's terminal limits them
+_NAME_WIDTH = 40  # columns that the first cell of a row keeps
 _PATIENCE = 2.0  # seconds before a step shows that it is at work
 
 
@@ -52,8 +53,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], rig
     built = Table(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
-    for name in columns:
-        built.add_column(name, justify="right" if name in right else "left", header_style="dim", overflow="fold")
+    first = min(_NAME_WIDTH, max((len(str(row[0])) for row in rows), default=0))
+    for place, name in enumerate(columns):
+        side: Literal["left", "right"] = "right" if name in right else "left"
+        least = None if place else first  # a narrow terminal folds the prose before it folds the names
+        built.add_column(name, justify=side, header_style="dim", overflow="fold", min_width=least)
     for row in rows:
         built.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return built

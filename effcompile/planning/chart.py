@@ -8,7 +8,8 @@ from html import escape
 
 _WIDTH = 760
 _ROW = 30
-_LABEL = 250
+_LABEL = 230
+_NOTE = 210  # room for the figure and note behind the longest bar
 
 
 def bars(rows: Sequence[tuple[str, float, float, str]], unit: str = "ms", scale: float = 1e-3) -> str:
@@ -16,13 +17,13 @@ def bars(rows: Sequence[tuple[str, float, float, str]], unit: str = "ms", scale:
     if not rows:
         return ""
     most = max(seconds for _, seconds, _, _ in rows) or 1.0
-    room = _WIDTH - _LABEL - 130
+    room = _WIDTH - _LABEL - _NOTE
     height = _ROW * len(rows) + 8
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="modelled time by part" class="chart">']
     for place, (label, seconds, least, note) in enumerate(rows):
         top = place * _ROW + 4
         width = max(1.5, room * seconds / most)
-        shown = label if len(label) <= 38 else label[:36] + "…"
+        shown = label if len(label) <= 34 else label[:32] + "…"
         parts.append(f'<text x="{_LABEL - 8}" y="{top + 15}" text-anchor="end">{escape(shown)}</text>')
         parts.append(f'<rect x="{_LABEL}" y="{top + 2}" width="{width:.1f}" height="18" rx="2" class="bar"/>')
         if least:

@@ -32,6 +32,7 @@ p.sub { color: var(--dim); margin: .2rem 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { text-align: left; color: var(--dim); font-weight: 600; white-space: nowrap; }
 th, td { padding: .35rem .7rem .35rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+td:first-child, td code { white-space: nowrap; }
 code, pre { font: .85rem/1.45 ui-monospace, monospace; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto; }
 .good { color: var(--good); }
@@ -126,7 +127,8 @@ def _time_chart(explanation: Explanation) -> str:
         rows.append(("products with weights", explanation.products_seconds, 0.0, "roofline, modelled"))
     if not rows:
         return ""
-    unit, scale = ("s", 1.0) if max(seconds for _, seconds, _, _ in rows) >= 1 else ("ms", 1e-3)
+    most = max(seconds for _, seconds, _, _ in rows)
+    unit, scale = ("s", 1.0) if most >= 1 else ("ms", 1e-3) if most >= 1e-3 else ("us", 1e-6)
     note = "Dark: the roofline floor of the site on this device. Every figure is modelled unless it says measured."
     return f'{chart.bars(rows, unit, scale)}<p class="dim">{note}</p>'
 
