@@ -9,7 +9,6 @@ one cache key. Layers that differ, or that write in place, stay as they are, wit
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,10 +19,8 @@ from torch import fx
 from effcompile.core import compat
 from effcompile.core.plan import Plan
 from effcompile.core.program import Entry, Program
+from effcompile.core.repeats import Columns, Wiring, find_block, wire
 from effcompile.core.rewrite import Pass, PassResult, copy_graph, copy_meta
-
-MIN_REPEATS = 3
-MIN_NODES = 8
 
 
 @dataclass(frozen=True)
@@ -48,32 +45,23 @@ class OutlineLayers(Pass):
         return PassResult(program, changed, tuple(notes))
 
 
-@dataclass(frozen=True)
-class Block:
-    """Hold a repetition: `count` runs of `period` nodes, from `start` on, in the list of computing nodes."""
-
-    start: int
-    period: int
-    count: int
-
-
 def outline(entry: Entry) -> tuple[fx.GraphModule | None, str]:
     """Return the outlined copy of an entry's graph, or None, and a note that says what was found."""
     module = copy_graph(entry.graph)
     _hoist_constants(module.graph)
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    block = find_block(nodes)
+    block = find_block(nodes, signature)
     if block is None:
         return None, "no repeated layers"
-    runs = [nodes[block.start + i * block.period :][: block.period] for i in range(block.count)]
+    runs = block.runs(nodes)
     shape = _shape_of(runs)
     if isinstance(shape, str):
         return None, f"{block.count} repetitions stay: {shape}"
-    inputs, outputs = shape
-    _build(module, runs, inputs, outputs)
+    _build(module, runs, shape.inputs, shape.outputs)
     module.graph.lint()
     module.recompile()
-    return module, f"{block.count} layers of {block.period} nodes, {len(inputs)} inputs, {len(outputs)} outputs"
+    sizes = f"{len(shape.inputs)} inputs, {len(shape.outputs)} outputs"
+    return module, f"{block.count} layers of {block.period} nodes, {sizes}"
 
 
 def _hoist_constants(graph: fx.Graph) -> None:
@@ -109,70 +97,12 @@ def _layout(value: Any) -> str:
     return str(type(value).__name__)
 
 
-def find_block(nodes: Sequence[fx.Node]) -> Block | None:
-    """Return the repetition that covers most nodes; among equals the shortest period."""
-    numbers: dict[str, int] = {}
-    keys = [numbers.setdefault(signature(node), len(numbers)) for node in nodes]
-    last: dict[int, int] = {}
-    gaps: Counter[int] = Counter()
-    for place, key in enumerate(keys):
-        if key in last:
-            gaps[place - last[key]] += 1
-        last[key] = place
-    best: tuple[int, int, Block] | None = None
-    for period, _ in gaps.most_common(12):
-        if period < MIN_NODES:
-            continue
-        for start, stop in _equal_runs(keys, period):
-            count = (stop - start) // period + 1
-            if count < MIN_REPEATS:
-                continue
-            slack = stop - start + period - count * period
-            start = _best_cut(nodes, start, slack, period)
-            found = (count * period, -period, Block(start, period, count))
-            if best is None or found[:2] > best[:2]:
-                best = found
-    return None if best is None else best[2]
-
-
-def _equal_runs(keys: Sequence[int], period: int) -> list[tuple[int, int]]:
-    """Return the maximal ranges [start, stop) in which each key equals the one a period later."""
-    runs: list[tuple[int, int]] = []
-    start: int | None = None
-    for place in range(len(keys) - period + 1):
-        same = place < len(keys) - period and keys[place] == keys[place + period]
-        if same and start is None:
-            start = place
-        elif not same and start is not None:
-            runs.append((start, place))
-            start = None
-    return [run for run in runs if run[1] - run[0] >= period]
-
-
-def _best_cut(nodes: Sequence[fx.Node], start: int, slack: int, period: int) -> int:
-    """Return the start within the slack at which fewest values cross from one repetition to the next."""
-    place = {node: number for number, node in enumerate(nodes)}
-    far = len(nodes)
-    reach = [max((place.get(user, far) for user in node.users), default=-1) for node in nodes]
-
-    def crossing(cut: int) -> int:
-        return sum(1 for number in range(max(start, cut - period), cut) if reach[number] >= cut)
-
-    candidates = range(start, start + min(slack, period - 1) + 1)
-    return min(candidates, key=lambda first: (crossing(first + period), first))
-
-
 # --- what a repetition reads and returns ---------------------------------------------------------------------------------
 
-Inputs = list[tuple[fx.Node, ...]]  # one tuple an input: the node that each repetition reads
 
-
-def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> tuple[Inputs, list[int]] | str:
-    """Return inputs and output positions of the repeated run, or why the repetitions are not one function."""
-    place = [{node: number for number, node in enumerate(run)} for run in runs]
-    inputs: dict[tuple[fx.Node, ...], int] = {}
-    outputs: set[int] = set()
-    for number, first in enumerate(runs[0]):
+def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> Wiring | str:
+    """Return what the repeated run reads and returns, or why it cannot be one sub-graph."""
+    for first in runs[0]:
         target = first.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             return f"`{target}` writes in place"
@@ -182,32 +112,19 @@ def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> tuple[Inputs, list[int]] | s
             operator.mul,
         ):
             return f"`{target}` cannot be outlined"
-        operands = [run[number].all_input_nodes for run in runs]
-        if len({len(found) for found in operands}) != 1:
-            return "the repetitions share operands differently"
-        for column in zip(*operands):
-            inside = {place[r].get(node) for r, node in enumerate(column)}
-            if inside == {None}:
-                inputs.setdefault(tuple(column), len(inputs))
-            elif len(inside) != 1:
-                return "the repetitions are wired differently"
-        if any(user not in place[r] for r, run in enumerate(runs) for user in run[number].users):
-            outputs.add(number)
-    for run in runs[1:]:
-        if any(not _same_wiring(a, b) for a, b in zip(runs[0], run)):
-            return "the repetitions order their operands differently"
-    if len({column[0] for column in inputs}) != len(inputs):
-        return "the repetitions read their inputs in different roles"
-    if _aliases(runs[0], sorted(outputs)):
+    found = wire(runs)
+    if isinstance(found, str):
+        return found
+    if _aliases(runs[0], found.outputs):
         return "a layer returns a view of something else that it returns or reads"
-    layouts = [{_layout(node.meta.get("val")) for node in column} for column in inputs]
-    if any(len(found) != 1 for found in layouts):
+    layouts = [{_layout(node.meta.get("val")) for node in column} for column in found.inputs]
+    if any(len(kinds) != 1 for kinds in layouts):
         return "the repetitions read inputs of different layout"
-    if any(_layout(node.meta.get("val")) in ("SymFloat", "SymBool") for column in inputs for node in column):
+    if any(_layout(node.meta.get("val")) in ("SymFloat", "SymBool") for column in found.inputs for node in column):
         return "a layer reads a symbolic float"
     if any(_data_dependent(node.meta.get("val")) for node in runs[0]):
         return "a layer works on rows whose number is only known at run time"
-    return list(inputs), sorted(outputs)
+    return found
 
 
 def _data_dependent(value: Any) -> bool:
@@ -215,21 +132,6 @@ def _data_dependent(value: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return isinstance(value, torch.Tensor) and bool(free_unbacked_symbols(value))
-
-
-def _same_wiring(a: fx.Node, b: fx.Node) -> bool:
-    """Tell whether equal operands of one node are equal operands of the other."""
-    first, second = _operands(a), _operands(b)
-    if len(first) != len(second):
-        return False
-    renamed: dict[fx.Node, fx.Node] = {}
-    return all(renamed.setdefault(x, y) is y for x, y in zip(first, second))
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda arg: found.append(arg) or arg)  # type: ignore[func-returns-value]
-    return found
 
 
 def _aliases(run: Sequence[fx.Node], outputs: Sequence[int]) -> bool:
@@ -255,7 +157,7 @@ def _may_alias(node: fx.Node) -> bool:
 # --- rewriting -------------------------------------------------------------------------------------------------------------
 
 
-def _build(module: fx.GraphModule, runs: Sequence[Sequence[fx.Node]], inputs: Inputs, outputs: Sequence[int]) -> None:
+def _build(module: fx.GraphModule, runs: Sequence[Sequence[fx.Node]], inputs: Columns, outputs: Sequence[int]) -> None:
     graph = module.graph
     body = _body(runs[0], inputs, outputs)
     name = "eff_layer"
@@ -285,7 +187,7 @@ def _build(module: fx.GraphModule, runs: Sequence[Sequence[fx.Node]], inputs: In
             graph.erase_node(node)
 
 
-def _body(run: Sequence[fx.Node], inputs: Inputs, outputs: Sequence[int]) -> fx.GraphModule:
+def _body(run: Sequence[fx.Node], inputs: Columns, outputs: Sequence[int]) -> fx.GraphModule:
     graph = fx.Graph()
     seen: dict[fx.Node, fx.Node] = {}
     for number, column in enumerate(inputs):

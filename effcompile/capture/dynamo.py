@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from effcompile.capture.retrace import retrace
 from effcompile.core import compat
 from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Entry, Input, InputKind, Program
@@ -42,8 +41,8 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program
             "EFF-G302", "called outside a Dynamo compilation", hint='use torch.compile(model, backend="eff")'
         )
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
-    with mode, fx_traceback.preserve_node_meta():
-        traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    with mode:
+        traced = retrace(gm, fakes, copying=not training)
     traced.meta = dict(gm.meta)
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     new = [node for node in traced.graph.nodes if node.op == "placeholder"]

@@ -69,6 +69,42 @@ def forget_fresh_symbols(mode: Any) -> None:
         env.pending_fresh_unbacked_symbols.clear()
 
 
+def proxy_tracer() -> Any:
+    """Return the tracer of the `make_fx` that is under way."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    assert mode is not None, "no make_fx is under way"
+    return mode.tracer
+
+
+def proxy_node(value: torch.Tensor, tracer: Any) -> Any | None:
+    """Return the node that a tracer recorded for a tensor, or None: it is a constant of the graph."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    found = get_proxy_slot(value, tracer, None)
+    return None if found is None or found.constant is not None else found.proxy.node
+
+
+def track(value: torch.Tensor, node: Any, tracer: Any) -> None:
+    """Let a tracer record `node` as what made a fake tensor of fixed layout."""
+    from torch.fx import Proxy
+    from torch.fx.experimental.proxy_tensor import track_tensor
+
+    track_tensor(value, Proxy(node, tracer), constant=None, tracer=tracer)
+
+
+def fake_on(storage: Any, like: Any) -> Any:
+    """Return a fake tensor with the layout of `like` (fake, fixed sizes) that looks at `storage` (on meta)."""
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing(), unset_fake_temporarily():
+        bare = torch.empty(0, dtype=like.dtype, device="meta")
+        bare.set_(storage, like.storage_offset(), like.shape, like.stride())
+        return FakeTensor(like.fake_mode, bare, like.device)
+
+
 class _Attributes(dict[str, Any]):
     """Answer attribute reads from a mapping, None for what is absent."""
 
