@@ -69,6 +69,15 @@ def forget_fresh_symbols(mode: Any) -> None:
         env.pending_fresh_unbacked_symbols.clear()
 
 
+def graph_module(root: Any, graph: Any) -> Any:
+    """Return a graph module that makes its Python code when it is first called: passes hand on graphs that nobody runs."""
+    try:
+        from torch.fx._lazy_graph_module import _LazyGraphModule as GraphModule
+    except ImportError:
+        from torch.fx import GraphModule  # type: ignore[assignment]
+    return GraphModule(root, graph)
+
+
 def proxy_tracer() -> Any:
     """Return the tracer of the `make_fx` that is under way."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode

@@ -231,7 +231,7 @@ def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
     result = graph.graph_copy(module.graph, seen)
     old_output = next(node for node in module.graph.nodes if node.op == "output")
     graph.output(result).meta = dict(old_output.meta)
-    new = fx.GraphModule(module, graph)
+    new = compat.graph_module(module, graph)
     new.meta = dict(module.meta)
     for old, copy in seen.items():
         copy.meta = dict(old.meta)
