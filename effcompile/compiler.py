@@ -25,7 +25,8 @@ from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.lower import lower
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
-from effcompile.planning.planner import PassChoice, keep_contract, make_plan, with_notes
+from effcompile.planning.planner import PassChoice, keep_contract, make_plan
+from effcompile.planning.replay import replayed
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def compile_program(
     passes, kernels = all_passes(options), all_kernels()
     dump.program("captured", program)
     early = [item for item in _phase(passes, "captured") if item.name not in options.disable]
-    program = _run(early, program, Plan(str(target)), dump, tank)
+    program = _run(early, program, Plan.single(str(target)), dump, tank)
     found = recognize_attention(program, lambda node: (module_of(node), node.meta.get("eff.source", "")))
     program = verify(program, found.program, "recognize")
     dump.program("recognized", program)
@@ -80,8 +81,15 @@ def compile_program(
     program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
     dump.program("lowered", program)
     clock.lap("lower")
-    plan = with_notes(plan, tank.notes)
-    return Compiled(program, plan, found.sites, found.missed, found.pinned, tuple(clock.parts.items()), tuple(tank.ran))
+    return Compiled(
+        program,
+        plan.with_notes(tank.notes),
+        found.sites,
+        found.missed,
+        found.pinned,
+        tuple(clock.parts.items()),
+        tuple(tank.ran),
+    )
 
 
 def _plan(
@@ -92,11 +100,14 @@ def _plan(
     passes: Sequence[Pass],
     training: bool,
 ) -> Plan:
-    choices = [PassChoice(p.name, _refusal(p, options, training)) for p in passes if p.phase != "captured"]
+    choices = [
+        PassChoice(p.name, _refusal(p, options, training), asked=p in options.passes)
+        for p in passes
+        if p.phase != "captured"
+    ]
     if options.plan is None:
         return make_plan(found.sites, found.missed, target, kernels, choices, training=training)
-    options.plan.check({site.id: site.fingerprint for site in found.sites})
-    return options.plan
+    return replayed(options.plan, found.sites, target, kernels, choices, training=training)
 
 
 def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:

@@ -26,7 +26,7 @@ from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
 from effcompile.core.options import Options
 from effcompile.core.program import Break, Program
-from effcompile.core.site import AttentionSite
+from effcompile.core.site import AttentionSite, place
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.modules import attention_modules, holders
@@ -111,9 +111,9 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
             totals[stage] = totals.get(stage, 0.0) + seconds
         if compiled is not None:
             sites.extend(_rows(compiled, graph, number, price))
-            missed.extend(MissedRow(_path(graph.owner, m.site.id), number, m) for m in compiled.missed)
+            missed.extend(MissedRow(place(graph.owner, m.site.id), number, m) for m in compiled.missed)
     breaks = _named_breaks(observation, model)
-    reached = frozenset(place for row in sites for place in row.places) | {row.id for row in missed}
+    reached = frozenset(path for row in sites for path in row.places) | {row.id for row in missed}
     stop = observation.stop
     return Explanation(
         model="",
@@ -156,7 +156,11 @@ def _decide(graph: SeenGraph, target: Target, options: Options) -> tuple[GraphRo
         ), None
     products = sum(pricing.products(entry, target.device) for entry in program.entries)
     row = replace(
-        empty, plan=compiled.plan, seconds=compiled.seconds, passes=_passes(compiled, options), products=products
+        empty,
+        plan=compiled.plan.with_places(graph.owners),
+        seconds=compiled.seconds,
+        passes=_passes(compiled, options),
+        products=products,
     )
     return row, compiled
 
@@ -198,9 +202,9 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
         declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
         rows.append(
             SiteRow(
-                id=_path(graph.owner, site.id),
+                id=place(graph.owner, site.id),
                 graph=number,
-                places=tuple(dict.fromkeys(_path(owner, site.id) for owner in graph.owners or [""])),
+                places=tuple(dict.fromkeys(place(owner, site.id) for owner in graph.owners or [""])),
                 instances=max(1, len(graph.owners)),
                 site=site,
                 kernel=choice.policy,
@@ -213,13 +217,6 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
             )
         )
     return rows
-
-
-def _path(owner: str, local: str) -> str:
-    if not owner or local == owner or local.startswith(owner + "."):
-        return local
-    # A frame that holds the attention itself has no module of its own left in its names.
-    return owner if local == "graph" or local.startswith("graph.") else f"{owner}.{local}"
 
 
 def _named_breaks(observation: Observation, model: Any) -> tuple[Break, ...]:
@@ -238,7 +235,7 @@ def _unseen(
     rows = []
     for path, module in attention_modules(model):
         inside = path + "." if path else ""
-        if any(place == path or place.startswith(inside) or path.startswith(place + ".") for place in reached):
+        if any(at == path or at.startswith(inside) or path.startswith(at + ".") for at in reached):
             continue
         kind = type(module).__name__
         if path not in observation.called and not (observation.partial and breaks):

@@ -16,7 +16,6 @@ Html = Annotated[Path | None, typer.Option("--html", help="Also write one self-c
 Numerics = Annotated[
     bool, typer.Option("--numerics", help="Also run it on real weights and print the error each pass adds.")
 ]
-Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 
 
 def explain(
@@ -30,7 +29,7 @@ def explain(
     passes: given.PassList = None,
     html: Html = None,
     numerics: Numerics = False,
-    dynamic: Dynamic = False,
+    dynamic: given.Dynamic = False,
     real: given.Real = False,
     as_json: given.AsJson = False,
 ) -> int:

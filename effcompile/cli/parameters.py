@@ -30,6 +30,7 @@ PassList = Annotated[
     list[str] | None, typer.Option("--pass", help="A pass of your own, package.module:Class; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 Real = Annotated[bool, typer.Option("--real", help="Run on the weights themselves, not on a copy without data.")]
 
 _SIZES = {"b": "batch", "batch": "batch", "s": "seq", "seq": "seq"}

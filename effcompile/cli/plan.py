@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from effcompile.cli import parameters as given
-from effcompile.cli.console import command_line, print_json, progress, stdout
+from effcompile.cli.console import command_line, dim, print_json, progress, stdout
 from effcompile.cli.models import load_model
 from effcompile.core.options import Options
 
@@ -26,10 +26,11 @@ def plan(
     option: given.OptionList = None,
     require: given.RequireList = None,
     passes: given.PassList = None,
+    dynamic: given.Dynamic = False,
     real: given.Real = False,
     as_json: given.AsJson = False,
 ) -> int:
-    """Write the plan of a model: every choice, every refusal, and a fingerprint of every site.
+    """Write the plan of a model: every choice, every refusal, and a fingerprint of every site, graph by graph.
 
     Replay it with torch.compile(model, backend="eff", options={"plan": "plan.json"}); for another model that is an
     error.
@@ -42,7 +43,7 @@ def plan(
     options.pop("require", None)
     with progress("tracing", quiet=as_json):
         loaded = load_model(model, given.parse_shape(shape), given.parse_dtype(dtype), real=real)
-        found = explained(loaded, target, options, False, real, command_line(context.obj))
+        found = explained(loaded, target, options, dynamic, real, command_line(context.obj))
     found.keep_contract(contract)
     made = found.plan
     if out is not None:
@@ -51,6 +52,13 @@ def plan(
         print_json(json.loads(made.to_json()))
         return 0
     draw_plan(stdout(), made, why_not=False)
+    for graph in found.graphs:
+        if graph.refusal is not None:
+            stdout().print(
+                dim(
+                    f"  not in the plan, left to TorchInductor: a graph of {graph.owner or 'the model'}: {graph.refusal}"
+                )
+            )
     if out is not None:
         stdout().print(f"wrote {out}; next: eff show {out} --why-not")
     return 0

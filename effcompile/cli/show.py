@@ -23,8 +23,8 @@ def show(file: File, why_not: WhyNot = False, as_json: given.AsJson = False) -> 
     plan = Plan.read(file)
     if as_json:
         told = json.loads(plan.to_json())
-        if not why_not:
-            told.pop("declined")
+        for graph in () if why_not else told["graphs"]:
+            graph.pop("declined")
         print_json(told)
     else:
         draw_plan(stdout(), plan, why_not)

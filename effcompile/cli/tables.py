@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from effcompile.cli.console import bad, dim, good, table
-from effcompile.core.plan import Plan
+from effcompile.core.plan import GraphPlan, Plan
 from effcompile.numerics import GraphLedger
 from effcompile.planning.explain import Explanation, brief, duration, fold, groups, headline, sizes
 from effcompile.planning.ledger import Row
@@ -113,26 +113,42 @@ def _draw_passes(out: Console, found: Explanation) -> None:
 
 def draw_plan(out: Console, plan: Plan, why_not: bool) -> None:
     """Print the choices of a plan, equal sites together, and with `why_not` everything that was declined."""
-    out.print(
-        Text.assemble(("plan ", "dim"), (plan.hash, "bold"), f"  target {plan.target}, {len(plan.fingerprints)} sites")
-    )
+    sites, graphs = len(plan.fingerprints), len(plan.graphs)
+    counted = f"{sites} site{'s' * (sites != 1)} in {graphs} graph{'s' * (graphs != 1)}"
+    out.print(Text.assemble(("plan ", "dim"), (plan.hash, "bold"), f"  target {plan.target}, {counted}"))
+    if graphs > 1:
+        out.print()
+        listed = [
+            [number, fold(graph.places) or "the model", len(graph.fingerprints), "yes" if graph.training else "no"]
+            for number, graph in enumerate(plan.graphs)
+        ]
+        out.print(table("Graphs", ("", "of", "sites", "gradients"), listed))
     chosen: dict[tuple[str, str, str], list[str]] = {}
-    for choice in plan.choices:
-        price = "" if choice.seconds is None else f"{duration(choice.seconds)} {choice.tag}"
-        chosen.setdefault((choice.family, choice.policy, price), []).append(choice.site)
+    refused: dict[tuple[str, str, str, str], list[str]] = {}
+    for number, graph in enumerate(plan.graphs):
+        for choice in graph.choices:
+            price = "" if choice.seconds is None else f"{duration(choice.seconds)} {choice.tag}"
+            where = chosen.setdefault((choice.family, choice.policy, price), [])
+            where.extend(_where(graph, number, choice.family, choice.site, graphs > 1))
+        for item in graph.declined:
+            key = (item.policy, item.refusal.code, item.refusal.reason, item.refusal.hint)
+            refused.setdefault(key, []).extend(_where(graph, number, item.family, item.site, graphs > 1))
     out.print()
     rows = [[fold(places), family, good(policy), price] for (family, policy, price), places in chosen.items()]
     out.print(table("Choices", ("site", "family", "choice", "each"), rows))
     if why_not:
         out.print()
-        refused: dict[tuple[str, str, str, str], list[str]] = {}
-        for item in plan.declined:
-            key = (item.policy, item.refusal.code, item.refusal.reason, item.refusal.hint)
-            refused.setdefault(key, []).append(item.site)
-        listed = [[fold(places), *key] for key, places in refused.items()]
-        out.print(table("Declined", ("site", "policy", "code", "reason", "what to do"), listed))
-    for note in plan.notes:
+        columns = ("site", "policy", "code", "reason", "what to do")
+        out.print(table("Declined", columns, [[fold(places), *key] for key, places in refused.items()]))
+    for note in dict.fromkeys(plan.notes):
         out.print(dim(f"  {note}"))
+
+
+def _where(graph: GraphPlan, number: int, family: str, site: str, many: bool) -> tuple[str, ...]:
+    """Return the places of a decision; a pass concerns its graph, which has a name only beside others."""
+    if family != "pass":
+        return graph.paths(site)
+    return (f"graph {number}",) if many else (site,)
 
 
 def draw_ledgers(out: Console, ledgers: Sequence[GraphLedger]) -> None:

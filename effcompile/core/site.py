@@ -49,6 +49,14 @@ class Site:
         }
 
 
+def place(owner: str, site: str) -> str:
+    """Return where a site is in the module tree, for a graph that was run for the module `owner` ('' for the whole model)."""
+    if not owner or site == owner or site.startswith(owner + "."):
+        return site
+    # A frame that holds the attention itself has no module of its own left in its names.
+    return owner if site == "graph" or site.startswith("graph.") else f"{owner}.{site}"
+
+
 FULL = Mask()
 
 

@@ -179,16 +179,15 @@ class Explanation:
 
     @property
     def plan(self) -> Plan:
-        """Return the plan of a model that is one graph; raise `EFF-P504` where graph breaks cut it into several."""
+        """Return the plan of all graphs; raise `EFF-P505` where the dry run did not see the whole model."""
         plans = [graph.plan for graph in self.graphs if graph.plan is not None]
-        if len(plans) == 1 and len(self.graphs) == 1:
-            return plans[0]
-        lines = "".join(f"\n  {item.source or '?'}: {item.reason}" for item in self.breaks)
-        raise EffError(
-            "EFF-P504",
-            f"a plan holds one graph, this model has {len(self.graphs)}{lines}",
-            hint="eff explain MODEL names the breaks; remove them, or plan the modules one by one",
-        )
+        if self.stop or not plans:
+            refused = [str(graph.refusal) for graph in self.graphs if graph.refusal]
+            why = self.stop or "; ".join(refused) or "nothing of it was captured as a graph"
+            raise EffError(
+                "EFF-P505", f"no plan would hold the whole model: {why}", hint="eff explain MODEL says what was seen"
+            )
+        return Plan.joined(plans)
 
     def keep_contract(self, require: Iterable[tuple[str, str]]) -> None:
         """Raise `EFF-P502` with the list of what was missed unless the module tree has what `require` asks for."""

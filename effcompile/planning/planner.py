@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from effcompile.core.errors import ContractError
 from effcompile.core.kernel import AttentionKernel, Supported
@@ -16,10 +16,11 @@ KERNEL = "attention-kernel"
 
 @dataclass(frozen=True)
 class PassChoice:
-    """Say whether a graph pass runs, and why not."""
+    """Say whether a graph pass runs, and why not; `asked` tells that the user gave it."""
 
     name: str
     refusal: Refusal | None = None
+    asked: bool = False
 
 
 def make_plan(
@@ -59,7 +60,7 @@ def make_plan(
         else:
             declined.append(Decline("graph", "pass", choice.name, choice.refusal))
     prints = tuple(sorted((site.id, site.fingerprint) for site in sites))
-    return Plan(str(target), tuple(choices), tuple(declined), prints)
+    return Plan.single(str(target), choices, declined=tuple(declined), fingerprints=prints, training=training)
 
 
 def keep_contract(plan: Plan, require: Sequence[tuple[str, str]], rewritten: int, missed: Sequence[Missed]) -> None:
@@ -75,8 +76,3 @@ def keep_contract(plan: Plan, require: Sequence[tuple[str, str]], rewritten: int
                 f"`require` attention={wanted}: {rewritten} of {rewritten + len(missed)} sites rewritten\n{lines}",
                 hint="eff explain MODEL shows every reason; drop `require` to run anyway",
             )
-
-
-def with_notes(plan: Plan, notes: Sequence[str]) -> Plan:
-    """Return the plan with notes added."""
-    return replace(plan, notes=(*plan.notes, *notes))

@@ -78,7 +78,7 @@ def split_written(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [written_view, written_later, copy_before, split_written])
 def test_writes_are_seen_as_before(function: Callable[[Tensor], Tensor]) -> None:
     program = trace(function, fresh([X]))
-    after = RemoveIdentities().run(program, Plan(str(CPU))).program
+    after = RemoveIdentities().run(program, Plan.single(str(CPU))).program
     mine, theirs = fresh([X]), fresh([X])
     same(flat(after.entries[0].graph(*mine)), flat(function(*theirs)))
     same(mine, theirs)
@@ -86,12 +86,12 @@ def test_writes_are_seen_as_before(function: Callable[[Tensor], Tensor]) -> None
 
 def test_active_dropout_stays() -> None:
     program = trace(lambda x: F.dropout(x, 0.5, True).sin(), [X])
-    assert not RemoveIdentities().run(program, Plan(str(CPU))).changed
+    assert not RemoveIdentities().run(program, Plan.single(str(CPU))).changed
 
 
 def test_symbolic_sizes_are_compared_without_a_guard() -> None:
     program = trace(lambda x: x.view(x.shape[0], x.shape[1], x.shape[2]).sin() + x[:, : x.shape[1]], [X], symbolic=True)
-    after = RemoveIdentities().run(program, Plan(str(CPU))).program
+    after = RemoveIdentities().run(program, Plan.single(str(CPU))).program
     targets = [str(node.target) for node in after.entries[0].graph.graph.nodes if node.op == "call_function"]
     assert not [target for target in targets if "view" in target or "slice" in target]
     other = torch.randn(5, 2, 3)

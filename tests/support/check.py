@@ -131,7 +131,7 @@ def raise_attention(
 ) -> Raised:
     """Trace, remove identities and recognize, as `compiler.py` does."""
     before = trace(function, args, symbolic=symbolic, buffers=buffers)
-    plain = RemoveIdentities().run(before, Plan(str(CPU))).program
+    plain = RemoveIdentities().run(before, Plan.single(str(CPU))).program
     return Raised(before, recognize(plain), symbolic)
 
 
@@ -204,7 +204,7 @@ def check_kept(function: Function, args: Sequence[Any], code: str | None = None,
         str(m.refusal) for m in raised.missed
     ]
     assert all(reason in str(m.refusal) for m in raised.missed)
-    assert text(raised.program) == text(RemoveIdentities().run(raised.before, Plan(str(CPU))).program), (
+    assert text(raised.program) == text(RemoveIdentities().run(raised.before, Plan.single(str(CPU))).program), (
         "a foreign graph was changed"
     )
     same(flat(raised.run(*fresh(args))), flat(function(*fresh(args))))
@@ -275,7 +275,7 @@ def kernels_of(sites: Sequence[AttentionSite], target: Target = CPU) -> list[Att
 
 def lowered(raised: Raised, kernel: AttentionKernel) -> fx.GraphModule:
     """Lower every site with one kernel and return the graph, which runs op by op."""
-    plan = Plan(str(CPU), tuple(Choice(site.id, KERNEL, kernel.name) for site in raised.sites))
+    plan = Plan.single(str(CPU), tuple(Choice(site.id, KERNEL, kernel.name) for site in raised.sites))
     program = raised.program
     result = lower(program, plan, raised.sites, all_kernels()).program
     verify(program, result, kernel.name)
@@ -300,7 +300,7 @@ def check_kernel(name: str, function: Function, args: Sequence[Any], *, symbolic
 
 def check_pass(item: Pass, function: Function, args: Sequence[Any], *, changes: bool = True) -> Program:
     """Assert that a pass does its work once, the same way twice, leaves its input alone, and changes no number."""
-    program, plan = trace(function, fresh(args)), Plan(str(CPU))
+    program, plan = trace(function, fresh(args)), Plan.single(str(CPU))
     untouched = text(program)
     first = item.run(program, plan)
     assert text(program) == untouched, "the pass changed the program that it was given"
