@@ -19,7 +19,7 @@ from effcompile import report
 from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import Compiled, compile_program
+from effcompile.compiler import ATTENTION, Compiled, asked_policy, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.options import DOORS, Options
@@ -141,13 +141,15 @@ def _fallback(
 
 
 def check_doors(options: Options) -> None:
-    """Raise EFF-U013 or EFF-U014 for a family that a compiled graph cannot reach or that no policy answers."""
+    """Raise EFF-U013, or EFF-U014 and its kin, for a family that a compiled graph cannot reach or that no policy answers."""
     for family, spelled in options.families:
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
-        raise EffError(
-            "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
-        )
+        if family != ATTENTION:
+            raise EffError(
+                "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
+            )
+    asked_policy(options)
 
 
 def target_of(options: Options, device: str) -> Target:

@@ -14,19 +14,23 @@ from dataclasses import dataclass, field
 from effcompile import discover, ops
 from effcompile.capture.dynamo import module_of
 from effcompile.core.dump import Dump
-from effcompile.core.errors import unknown
-from effcompile.core.kernel import AttentionKernel
+from effcompile.core.errors import EffError, unknown
+from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
 from effcompile.core.plan import Plan
+from effcompile.core.policy import Kernels, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
 from effcompile.core.site import AttentionSite, Missed, Refusal
 from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.lower import lower
+from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
 from effcompile.planning.planner import PassChoice, keep_contract, make_plan
 from effcompile.planning.replay import replayed
+
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def compile_program(
     """Rewrite and lower a captured program for a target; the caller emits it."""
     ops.register()
     clock, tank = _Clock(), _Fuel(fuel)
-    passes, kernels = all_passes(options), all_kernels()
+    passes, kernels = all_passes(options), catalog()
     dump.program("captured", program)
     early = [item for item in _phase(passes, "captured") if item.name not in options.disable]
     program = _run(early, program, Plan.single(str(target)), dump, tank)
@@ -69,14 +73,19 @@ def compile_program(
     clock.lap("recognize")
 
     plan = _plan(found, target, options, kernels, passes, program.requires_grad)
-    keep_contract(plan, options.require, len(found.sites), found.missed)
+    policies = policies_of(plan)
+    asked = bool(policies) or asked_policy(options) is not None
+    keep_contract(plan, options.require, found.sites, found.missed, asked=asked)
     dump.text("plan.json", plan.to_json())
     clock.lap("plan")
 
     chosen = [p for p in passes if p.name in plan.passes()]
+    sparse, sites = rewrite_attention(program, found.sites, policies)
+    program = verify(program, sparse, "attention policies")
+    dump.program("policies", program)
     program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
     clock.lap("rewrite")
-    program = verify(program, lower(program, plan, found.sites, kernels).program, "lower")
+    program = verify(program, lower(program, plan, sites, kernels).program, "lower")
     dump.program("kernels", program)
     program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
     dump.program("lowered", program)
@@ -96,7 +105,7 @@ def _plan(
     found: Recognized,
     target: Target,
     options: Options,
-    kernels: Sequence[AttentionKernel],
+    kernels: Kernels,
     passes: Sequence[Pass],
     training: bool,
 ) -> Plan:
@@ -105,9 +114,11 @@ def _plan(
         for p in passes
         if p.phase != "captured"
     ]
+    policy = asked_policy(options)
     if options.plan is None:
-        return make_plan(found.sites, found.missed, target, kernels, choices, training=training)
-    return replayed(options.plan, found.sites, target, kernels, choices, training=training)
+        return make_plan(found.sites, found.missed, target, kernels, choices, policy=policy, training=training)
+    named = policies_of(options.plan.part({site.id: site.fingerprint for site in found.sites}, training))
+    return replayed(options.plan, found.sites, target, kernels, choices, named, training=training)
 
 
 def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:
@@ -143,6 +154,38 @@ def _run(passes: Sequence[Pass], program: Program, plan: Plan, dump: Dump, tank:
 
 def _phase(passes: Sequence[Pass], phase: str) -> list[Pass]:
     return [item for item in passes if item.phase == phase]
+
+
+def catalog() -> Kernels:
+    """Return every kernel: those of raised attention, and those of the ops that policies insert."""
+    found = discover.classes(SparseKernel, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
+    return Kernels(all_kernels(), tuple(cls() for cls in found))
+
+
+def all_policies() -> tuple[type[Policy], ...]:
+    """Return every policy."""
+    return discover.classes(Policy, *discover.folders("effcompile.passes"))  # type: ignore[type-abstract]
+
+
+def asked_policy(options: Options) -> Policy | None:
+    """Return the attention policy that the options ask for; raise EFF-U014, EFF-U003 or EFF-U004 where it is misspelled."""
+    text = dict(options.families).get(ATTENTION)
+    if text is None:
+        return None
+    if options.plan is not None:
+        raise EffError(
+            "EFF-U015",
+            f"`{ATTENTION}` together with `plan`, which names the policy of every site",
+            hint="edit the plan, or leave one of them out",
+        )
+    return read_policy(ATTENTION, text, all_policies())
+
+
+def policies_of(plan: Plan) -> dict[str, Policy]:
+    """Return the attention policies that the plan of one graph names, by site."""
+    known = all_policies()
+    chosen = [choice for choice in plan.choices if choice.family == ATTENTION]
+    return {choice.site: read_policy(ATTENTION, choice.policy, known) for choice in chosen}
 
 
 def all_kernels() -> tuple[AttentionKernel, ...]:

@@ -37,7 +37,8 @@ def classes(base: type[T], *packages: str) -> tuple[type[T], ...]:
         for name in modules(package):
             for _, item in inspect.getmembers(importlib.import_module(name), inspect.isclass):
                 if issubclass(item, base) and not inspect.isabstract(item) and item.__module__ == name:
-                    key = getattr(item, "name", item.__qualname__)
+                    # A name is unique within its family.
+                    key = f"{getattr(item, 'family', '')}:{getattr(item, 'name', item.__qualname__)}"
                     assert found.get(key, item) is item, f"two {base.__name__} are called {key}"
                     found[key] = item
     return tuple(found[key] for key in sorted(found))

@@ -21,7 +21,7 @@ from torch import nn
 
 from effcompile import skeleton as skeletons
 from effcompile.backend import check_doors, target_of
-from effcompile.compiler import Compiled, all_kernels, all_passes, compile_program
+from effcompile.compiler import ATTENTION, Compiled, all_kernels, all_passes, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
 from effcompile.core.options import Options
@@ -128,6 +128,7 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
         unseen=_unseen(model, observation, breaks, reached),
         seconds=tuple(totals.items()),
         machine=machine(target),
+        policy=dict(options.families).get(ATTENTION, ""),
         stop=f"{stop.reason} at {stop.source or '?'}{' in ' + stop.module if stop.module else ''}" if stop else "",
     )
 
@@ -198,6 +199,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
     rows = []
     for site in compiled.sites:
         choice = compiled.plan.of(site.id, "attention-kernel")
+        policy = compiled.plan.of(site.id, ATTENTION)
         assert choice is not None, f"no kernel was chosen for {site.id}"
         declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
         rows.append(
@@ -213,7 +215,9 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
                 tag=choice.tag,
                 floor=price.floor(site),
                 declined=declined,
-                pays=price.pays(site),
+                pays=price.pays(site) if policy is None else (),
+                policy="" if policy is None else policy.policy,
+                density="" if policy is None else policy.reason,
             )
         )
     return rows

@@ -123,6 +123,7 @@ def summary() -> dict[str, Any]:
                 "sites": [
                     {
                         **site.to_json(),
+                        "policy": (p.policy if (p := record.compiled.plan.of(site.id, "attention")) else ""),
                         "kernel": (c.policy if (c := record.compiled.plan.of(site.id, "attention-kernel")) else ""),
                     }
                     for site in record.compiled.sites

@@ -24,6 +24,7 @@ def explain(
     shape: given.Shape = "",
     target: given.TargetName = None,
     dtype: given.Dtype = "",
+    attention: given.Attention = None,
     option: given.OptionList = None,
     require: given.RequireList = None,
     passes: given.PassList = None,
@@ -38,7 +39,7 @@ def explain(
     Nothing is compiled, no weight is read and no GPU is needed: the model is traced on copies without data.
     """
     sizes, kind = given.parse_shape(shape), given.parse_dtype(dtype)
-    options = given.parse_options(option, require, passes)
+    options = given.parse_options(option, require, passes, attention)
     contract = Options.parse(options).require
     options.pop("require", None)
     with progress("tracing", quiet=as_json):

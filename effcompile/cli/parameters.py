@@ -29,6 +29,10 @@ RequireList = Annotated[list[str] | None, typer.Option("--require", help="attent
 PassList = Annotated[
     list[str] | None, typer.Option("--pass", help="A pass of your own, package.module:Class; repeatable.")
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Policy for attention, sink-window{window=1024}; eff passes lists them.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 Real = Annotated[bool, typer.Option("--real", help="Run on the weights themselves, not on a copy without data.")]
@@ -72,10 +76,13 @@ def parse_dtype(text: str) -> Any:
 
 
 def parse_options(
-    options: Iterable[str] | None, require: Iterable[str] | None = None, passes: Iterable[str] | None = None
+    options: Iterable[str] | None,
+    require: Iterable[str] | None = None,
+    passes: Iterable[str] | None = None,
+    attention: str | None = None,
 ) -> dict[str, Any]:
     """Return the mapping that `torch.compile(options=...)` takes; its keys are checked where they are used."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if attention is None else {"attention": attention}
     for key, value in _pairs("--option", options):
         outer, dot, inner = key.partition(".")
         if dot:

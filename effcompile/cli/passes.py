@@ -16,12 +16,12 @@ Name = Annotated[str | None, typer.Argument(help="One of them, for its whole des
 
 
 def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson = False) -> int:
-    """List passes in the order in which they run, and the kernels that may run an attention."""
+    """List passes in the order in which they run, the kernels that may run an attention, and the policies to ask for."""
     rows = catalog(given.parse_options(None, None, user))
     if name is not None:
         known = {row["name"]: row for row in rows}
         if name not in known:
-            raise unknown("EFF-U011", "pass or kernel", name, known, hint="eff passes")
+            raise unknown("EFF-U011", "pass, kernel or policy", name, known, hint="eff passes")
         rows = [known[name]]
     if as_json:
         print_json({"items": rows})
@@ -36,7 +36,7 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
     for kind, title, columns in (
         ("pass", "Passes, in their order", ("name", "phase", "gradients", "summary")),
         ("kernel", "Attention kernels", ("name", "gradients", "summary")),
-        ("policy", "Policies", ("name", "family", "exactness", "paper", "summary")),
+        ("policy", "Policies", ("name", "family", "exactness", "paper", "parameters", "summary")),
     ):
         found = [row for row in rows if row["kind"] == kind]
         if found:
@@ -44,10 +44,7 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
                 table(
                     title,
                     columns,
-                    [
-                        ["yes" if row[c] is True else "no" if row[c] is False else row[c] for c in columns]
-                        for row in found
-                    ],
+                    [[_shown(row[column]) for column in columns] for row in found],
                 )
             )
             out.print()
@@ -55,17 +52,30 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
     return 0
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one mapping an item: kind, name, summary, parameters with defaults, and where it is written."""
-    from effcompile.compiler import all_kernels, all_passes
+    from effcompile.compiler import all_passes, all_policies
+    from effcompile.compiler import catalog as compiler_catalog
     from effcompile.core.options import Options
 
     rows = []
     for item in all_passes(Options.parse(options)):
         more = {"phase": item.phase, "after": list(item.after), "gradients": item.differentiable}
         rows.append({"kind": "pass", **_described(item), **more})
-    for kernel in all_kernels():
+    catalog = compiler_catalog()
+    for kernel in catalog.exact:
         rows.append({"kind": "kernel", **_described(kernel), "gradients": kernel.differentiable})
+    for sparse in catalog.sparse:
+        rows.append({"kind": "kernel", **_described(sparse), "gradients": False})
+    for policy in all_policies():
+        more = {"family": policy.family, "exactness": policy.exactness, "gradients": policy.differentiable}
+        rows.append({"kind": "policy", **_described(policy()), **more})
     return rows
 
 

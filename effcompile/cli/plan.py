@@ -23,6 +23,7 @@ def plan(
     shape: given.Shape = "",
     target: given.TargetName = None,
     dtype: given.Dtype = "",
+    attention: given.Attention = None,
     option: given.OptionList = None,
     require: given.RequireList = None,
     passes: given.PassList = None,
@@ -38,7 +39,7 @@ def plan(
     from effcompile.cli.explain import explained
     from effcompile.cli.tables import draw_plan
 
-    options = given.parse_options(option, require, passes)
+    options = given.parse_options(option, require, passes, attention)
     contract = Options.parse(options).require
     options.pop("require", None)
     with progress("tracing", quiet=as_json):

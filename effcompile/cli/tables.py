@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -42,16 +43,21 @@ def draw_explanation(out: Console, found: Explanation, why_not: bool = True) -> 
 
 
 def _draw_sites(out: Console, found: Explanation) -> None:
-    rows = []
+    rows: list[list[Any]] = []
+    policies = bool(found.policy) or any(row.policy for row in found.sites)
     for group in groups(found.sites):
         row = group.first
         least = f"{duration(row.floor.seconds)} {row.floor.bound}"
         rows.append(
             [group.places, sizes(row.site), row.site.mask, good(row.kernel), duration(group.seconds), row.tag, least]
         )
+        if policies:
+            rows[-1].insert(3, f"{row.policy}, {row.density.partition(' of ')[0]}" if row.policy else "dense")
     if rows:
         out.print()
-        columns = ("site", "shape", "mask", "kernel", "time, all", "", "floor, each")
+        columns = ["site", "shape", "mask", "kernel", "time, all", "", "floor, each"]
+        if policies:
+            columns.insert(3, "policy")
         out.print(table("Attention", columns, rows, right=("time, all",)))
     sources = {brief(row.site.source): None for group in groups(found.sites) for row in group.rows if row.site.source}
     if sources:

@@ -48,3 +48,22 @@ class AttentionKernel(ABC):
     @abstractmethod
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the kernel before `node` and return the node of its result `[B, Hq, Q, Dv]`."""
+
+
+class SparseKernel(ABC):
+    """Lower one op that a policy inserted, such as attention over a block map that is known at run time only.
+
+    Subclasses are frozen dataclasses in `lowering/`, one a file. They are apart from `AttentionKernel` because a kernel of the plain
+    op would drop the map without a word.
+    """
+
+    name: ClassVar[str]
+    op: ClassVar[str]
+
+    @abstractmethod
+    def supports(self, site: AttentionSite, target: Target, density: float) -> Answer:
+        """Return the cost of running the site at a density (kept pairs over allowed pairs), or why it cannot be run."""
+
+    @abstractmethod
+    def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert the kernel before `node`, or return `node` itself where the op is its own kernel."""

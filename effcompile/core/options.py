@@ -21,6 +21,13 @@ DOORS = {  # families that `torch.compile(backend="eff")` cannot reach, and the 
 }
 
 
+def _spelled(key: str, value: Any) -> str:
+    text = getattr(value, "spelled", None)  # a policy object; core/policy.py is above this module
+    if not isinstance(text, str):
+        raise EffError("EFF-U003", f"`{key}` is a {type(value).__name__}", hint="spell it like name{field=value}")
+    return text
+
+
 @dataclass(frozen=True)
 class Options:
     """Hold what the user asked for. Defaults are exact passes only, TorchInductor's own settings, and fallback on error.
@@ -50,7 +57,8 @@ class Options:
         for key in given:
             if key not in keys:
                 raise unknown("EFF-U001", "option", key, keys, hint="eff passes")
-        families = tuple((key, str(given.pop(key))) for key in FAMILIES if given.get(key) is not None)
+        asked = [(key, given.pop(key)) for key in FAMILIES if given.get(key) is not None]
+        families = tuple((key, value if isinstance(value, str) else _spelled(key, value)) for key, value in asked)
         plan = given.pop("plan", None)
         if plan is not None and not isinstance(plan, Plan):
             plan = Plan.read(plan)

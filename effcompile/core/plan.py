@@ -135,6 +135,15 @@ class Plan:
         """Return the names of the graph passes that run; ask a plan of one graph."""
         return tuple(c.policy for c in self.choices if c.family == "pass")
 
+    def with_choice(self, choice: Choice) -> Plan:
+        """Return the plan with a choice in the place of the one for the same site and family; ask a plan of one graph."""
+
+        def same(old: Choice) -> bool:
+            return (old.site, old.family) == (choice.site, choice.family)
+
+        graphs = (replace(g, choices=tuple(choice if same(c) else c for c in g.choices)) for g in self.graphs)
+        return replace(self, graphs=tuple(graphs))
+
     def with_notes(self, notes: Iterable[str]) -> Plan:
         """Return the plan with notes added to its last graph."""
         *first, last = self.graphs

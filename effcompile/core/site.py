@@ -36,6 +36,11 @@ class Site:
     idiom: str = ""
 
     @property
+    def layer(self) -> int:
+        """Return the number of the layer that holds the site: the first number in its path, 0 where there is none."""
+        return next((int(part) for part in self.id.split(".") if part.isdigit()), 0)
+
+    @property
     def fingerprint(self) -> str:
         """Return a digest of everything but the source line, which an edit elsewhere moves."""
         parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "source"]
@@ -62,7 +67,10 @@ FULL = Mask()
 
 @dataclass(frozen=True)
 class AttentionSite(Site):
-    """Describe softmax(q k^T * scale + mask) v; sizes are ints or the text of a symbolic size."""
+    """Describe softmax(q k^T * scale + mask) v; sizes are ints or the text of a symbolic size.
+
+    `cross` says that queries and keys derive from different inputs of the graph, as text and latents do.
+    """
 
     batch: int | str = 1
     heads: int | str = 1
@@ -75,6 +83,7 @@ class AttentionSite(Site):
     scale: float = 1.0
     softcap: float = 0.0
     sinks: bool = False
+    cross: bool = False
     dtype: str = "float32"
 
     @property

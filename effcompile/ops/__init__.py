@@ -10,9 +10,11 @@ from __future__ import annotations
 
 def register() -> None:
     """Register every `eff::` op with torch, once."""
-    from effcompile.ops import attention, blocks, linear, packing
+    from effcompile.ops import attention, attention_blocks, blocks, linear, mask_tensor, packing
 
     attention.register()
+    attention_blocks.register()
     blocks.register()
     linear.register()
+    mask_tensor.register()
     packing.register()

@@ -13,6 +13,7 @@ from typing import Any
 
 from effcompile.core.errors import ContractError, EffError
 from effcompile.core.plan import Decline, Plan
+from effcompile.core.policy import DENSE_LAYER
 from effcompile.core.program import Break
 from effcompile.core.site import AttentionSite, Missed
 from effcompile.core.target import Device
@@ -24,6 +25,8 @@ SCHEMA = 1
 @dataclass(frozen=True)
 class SiteRow:
     """Describe a site: where it is, what will run it, what declined, and its price in seconds.
+
+    `policy` narrows it, if any, and `density` says how far; the kernel and its price are those of what is left.
 
     `id` is its path in the module tree. After a graph break one graph serves every layer of the same code: `places` are
     the paths of all of them, `instances` how often the graph ran.
@@ -41,6 +44,13 @@ class SiteRow:
     floor: Floor
     declined: tuple[Decline, ...] = ()
     pays: tuple[Pays, ...] = ()
+    policy: str = ""
+    density: str = ""
+
+    @property
+    def kept_dense(self) -> Decline | None:
+        """Return why the policy that was asked for left the site dense, None where it did not."""
+        return next((item for item in self.declined if item.family == "attention"), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -50,6 +60,8 @@ class SiteRow:
             "graph": self.graph,
             "places": list(self.places),
             "instances": self.instances,
+            "policy": self.policy,
+            "density": self.density,
             "kernel": self.kernel,
             "reason": self.reason,
             "seconds": self.seconds,
@@ -155,6 +167,7 @@ class Explanation:
     machine: tuple[tuple[str, str], ...] = ()
     stop: str = ""
     command: str = ""
+    policy: str = ""
 
     @property
     def attention_seconds(self) -> float:
@@ -168,14 +181,25 @@ class Explanation:
 
     @property
     def not_rewritten(self) -> tuple[tuple[str, str, str], ...]:
-        """Return (place, source, reason) of every attention that ran and was not raised."""
+        """Return (place, source, reason) of every attention that ran and was not raised, or that the asked policy refused.
+
+        Layers that the policy itself keeps dense are as they were asked for.
+        """
         seen = [(row.id, row.missed.site.source, str(row.missed.refusal)) for row in self.missed]
+        for row in self.sites:
+            kept = row.kept_dense
+            if kept is not None and kept.refusal.code != DENSE_LAYER:
+                seen.extend((place, row.site.source, f"{kept.policy}: {kept.refusal}") for place in row.places)
         return (*seen, *((item.module, item.source, item.reason) for item in self.unseen if item.called))
 
     @property
     def rewritten(self) -> int:
-        """Return how many attentions were raised, every module of a shared graph counted."""
-        return sum(row.instances for row in self.sites)
+        """Return how many attentions were rewritten, every module of a shared graph counted.
+
+        Where a policy was asked for or replayed, those that it took; else all that were raised.
+        """
+        policies = bool(self.policy) or any(row.policy for row in self.sites)
+        return sum(row.instances for row in self.sites if row.policy or not policies)
 
     @property
     def plan(self) -> Plan:
@@ -223,6 +247,7 @@ class Explanation:
             "seconds": dict(self.seconds),
             "modelled": {"attention_seconds": self.attention_seconds, "products_seconds": self.products_seconds},
             "command": self.command,
+            "policy": self.policy,
         }
 
     def to_html(self) -> str:
@@ -258,7 +283,12 @@ def groups(rows: Sequence[SiteRow]) -> tuple[Group, ...]:
     found: dict[Any, list[SiteRow]] = {}
     for row in rows:
         site = {**row.site.to_json(), "id": "", "source": ""}
-        key = (*sorted((k, str(v)) for k, v in site.items()), row.kernel, *(str(d.refusal) for d in row.declined))
+        key = (
+            *sorted((k, str(v)) for k, v in site.items()),
+            row.kernel,
+            row.policy,
+            *(str(d.refusal) for d in row.declined),
+        )
         found.setdefault(key, []).append(row)
     return tuple(Group(fold([place for row in same for place in row.places]), tuple(same)) for same in found.values())
 
@@ -309,10 +339,14 @@ def duration(seconds: float) -> str:
 def headline(explanation: Explanation) -> str:
     """Return the one line that answers the question."""
     missed = len(explanation.not_rewritten)
-    total = explanation.rewritten + missed
+    dense = sum(
+        row.instances for row in explanation.sites if row.kept_dense and row.kept_dense.refusal.code == DENSE_LAYER
+    )
+    total = explanation.rewritten + missed + dense
     graphs = len(explanation.graphs)
+    kept = f", {dense} dense as asked" if dense else ""
     return (
-        f"{total} attention site{'s' * (total != 1)}: {explanation.rewritten} rewritten, {missed} not; "
+        f"{total} attention site{'s' * (total != 1)}: {explanation.rewritten} rewritten, {missed} not{kept}; "
         f"{graphs} graph{'s' * (graphs != 1)}, {len(explanation.breaks)} break{'s' * (len(explanation.breaks) != 1)}"
     )
 
@@ -327,6 +361,8 @@ def text(explanation: Explanation) -> str:
         row = group.first
         lines.append(f"  {group.places}")
         lines.append(f"    {sizes(row.site)}  mask {row.site.mask}")
+        if row.policy:
+            lines.append(f"    {row.policy}: {row.density}")
         lines.append(
             f"    {row.kernel}: {duration(group.seconds)} ({row.tag}); floor {duration(row.floor.seconds)} a site "
             f"({row.floor.bound})   {brief(row.site.source)}"

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from effcompile.planning import chart
-from effcompile.planning.explain import Explanation, Group, brief, duration, fold, groups, headline, sizes
+from effcompile.planning.explain import Explanation, Group, SiteRow, brief, duration, fold, groups, headline, sizes
 
 if TYPE_CHECKING:
     from effcompile.planning.ledger import Ledger
@@ -145,7 +145,7 @@ def _sites(explanation: Explanation) -> str:
             [
                 f"<code>{_t(group.places)}</code>",
                 _t(sizes(row.site)),
-                _t(row.site.mask),
+                _t(row.site.mask) + _policy(row),
                 f"<b>{_t(row.kernel)}</b><br><span class=dim>{_t(row.reason)}</span>",
                 f"{_t(duration(group.seconds))} <span class=dim>{_t(row.tag)}</span>",
                 f"{_t(duration(row.floor.seconds))} <span class=dim>{_t(row.floor.bound)}</span>",
@@ -153,6 +153,10 @@ def _sites(explanation: Explanation) -> str:
             ]
         )
     return _rows(("site", "shape", "mask", "kernel", "time, all", "floor, each", "source"), rows)
+
+
+def _policy(row: SiteRow) -> str:
+    return f"<br><b>{_t(row.policy)}</b><br><span class=dim>{_t(row.density)}</span>" if row.policy else ""
 
 
 def _crossovers(explanation: Explanation) -> str:

@@ -5,33 +5,44 @@ A plan is a file that a person may edit, so a choice is only followed where the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from effcompile.core.errors import EffError, unknown
-from effcompile.core.kernel import AttentionKernel
-from effcompile.core.plan import Choice, Plan
+from effcompile.core.plan import Plan
+from effcompile.core.policy import Kernels, Policy
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
-from effcompile.planning.planner import KERNEL, PassChoice
+from effcompile.planning.planner import KERNEL, PassChoice, ask_kernels, choose_kernel, propose
 
 
 def replayed(
     plan: Plan,
     sites: Sequence[AttentionSite],
     target: Target,
-    kernels: Sequence[AttentionKernel],
+    kernels: Kernels,
     passes: Sequence[PassChoice],
+    policies: Mapping[str, Policy],
     *,
     training: bool = False,
 ) -> Plan:
-    """Return the part of a plan for one graph.
+    """Return the part of a plan for one graph; `policies` are those that it names, by site.
+
+    A person who edits the policy of a site need not know which kernels run it: a kernel that fits the site no longer is chosen anew,
+    and a note says so.
 
     Raises EFF-P501 where the plan has no graph with these sites, EFF-P506 where a choice names a kernel or pass that
-    is not there, that cannot run the site exactly on this target, or that the options leave out.
+    is not there, that cannot run the site exactly on this target, or that the options leave out, or a policy that refuses the site.
     """
     part = plan.part({site.id: site.fingerprint for site in sites}, training)
-    known = {kernel.name: kernel for kernel in kernels}
+    sparse = {kernel.name for kernel in kernels.sparse}
+    known = {kernel.name for kernel in kernels.exact} | sparse
     for site in sites:
+        policy, density = policies.get(site.id), 1.0
+        if policy is not None:
+            proposal = propose(policy, site, target, kernels, training)
+            if isinstance(proposal, Refusal):
+                raise _refused(policy.spelled, site, proposal)
+            density = proposal.density
         choice = part.of(site.id, KERNEL)
         if choice is None:
             raise EffError(
@@ -39,8 +50,14 @@ def replayed(
             )
         if choice.policy not in known:
             raise unknown("EFF-P506", "kernel in the plan", choice.policy, known, hint="eff show plan.json")
-        if (why := _refusal(known[choice.policy], site, target, training)) is not None:
-            raise _refused(choice, why)
+        seen = site if policy is None else policy.narrowed(site)
+        answers = dict(ask_kernels(seen, policy, density, target, kernels, training))
+        why = answers.get(choice.policy, Refusal("EFF-A506", "it does not lower what the policy of the site inserts"))
+        if isinstance(why, Refusal):
+            if policy is None and choice.policy not in sparse:
+                raise _refused(choice.policy, site, why)
+            better, _ = choose_kernel(site, policy, density, target, kernels, training)
+            part = part.with_choice(better).with_notes((f"{site.id}: {better.policy}, not {choice.policy}: {why}",))
     _check_sites(part, sites)
     _check_passes(part, passes)
     return part
@@ -64,28 +81,22 @@ def _check_passes(part: Plan, passes: Sequence[PassChoice]) -> None:
             )
 
 
-def _refusal(kernel: AttentionKernel, site: AttentionSite, target: Target, training: bool) -> Refusal | None:
-    if training and (why := kernel.gradient(site)) is not None:
-        return why
-    answer = kernel.supports(site, target)
-    return answer if isinstance(answer, Refusal) else None
-
-
-def _refused(choice: Choice, why: Refusal) -> EffError:
+def _refused(name: str, site: AttentionSite, why: Refusal) -> EffError:
     return EffError(
         "EFF-P506",
-        f"the plan runs it with `{choice.policy}`, which cannot run it exactly here: {why}",
-        site=choice.site,
+        f"the plan runs it with `{name}`, which cannot run it here: {why}",
+        site=site.id,
         hint="eff plan MODEL -o plan.json",
     )
 
 
 def _check_sites(part: Plan, sites: Sequence[AttentionSite]) -> None:
     """Refuse a second choice for a site, and one for a site that is not there: neither would be followed."""
-    ids = [choice.site for choice in part.choices if choice.family == KERNEL]
+    ids = [(choice.family, choice.site) for choice in part.choices if choice.family != "pass"]
     known = {site.id for site in sites}
-    for number, name in enumerate(ids):
+    for number, (family, name) in enumerate(ids):
         if name not in known:
             raise unknown("EFF-P506", "site in a choice of the plan", name, known)
-        if name in ids[:number]:
-            raise EffError("EFF-P506", "the plan has two kernels for it", site=name)
+        if (family, name) in ids[:number]:
+            what = "kernels" if family == KERNEL else "policies"
+            raise EffError("EFF-P506", f"the plan has two {what} for it", site=name)

@@ -21,6 +21,7 @@ from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable
 from effcompile.passes.recognize.mask import ReadMask, split
 from effcompile.passes.recognize.match import Match, NoMatch, Term, same_size
+from effcompile.passes.recognize.origins import Origins
 from effcompile.passes.recognize.sdpa import match_sdpa
 from effcompile.passes.recognize.softmax_chain import match_chain
 
@@ -68,6 +69,7 @@ class _Raiser:
         values = {item.node: item.value for item in entry.inputs if item.kind == "buffer"}
         self._buffers = lambda node: values.get(node.name) if node.op == "placeholder" else None
         self._aliases = Aliases(edit.graph)
+        self._origins = Origins(entry, edit.graph)
 
     def moved(self, match: Match) -> Refusal | None:
         """Say why the attention cannot be computed in one piece, at the place of its last step."""
@@ -145,6 +147,7 @@ class _Raiser:
                 scale=match.scale,
                 softcap=match.softcap,
                 sinks=match.sinks is not None,
+                cross=self._origins.cross(q, k, same_size(shape[2], keys[2])),
                 dtype=str(q.meta["val"].dtype).removeprefix("torch."),
             )
             call.meta["eff.site"] = site.id

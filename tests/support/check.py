@@ -1,4 +1,4 @@
-"""Assert once for each kind of thing: an idiom, a refusal, a pass, a kernel.
+"""Assert once for each kind of thing: an idiom, a refusal, a pass, a kernel, a policy.
 
 A new recognizer, pass or kernel gets its tests by being named in one of these. Graphs are traced by `make_fx` to the
 form that capture gives, so that a check needs neither Dynamo nor TorchInductor; `tests/e2e` goes through both.
@@ -19,12 +19,14 @@ from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.kernel import AttentionKernel, Supported
 from effcompile.core.mask import Mask
 from effcompile.core.plan import Choice, Plan
+from effcompile.core.policy import RAISED, Estimate, Kernels, Policy
 from effcompile.core.program import Entry, Input, InputKind, Program, text
 from effcompile.core.rewrite import Pass, copy_graph
-from effcompile.core.site import AttentionSite, Missed
+from effcompile.core.site import AttentionSite, Missed, Refusal
 from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.lower import lower
+from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.canonicalize import RemoveIdentities
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
 from effcompile.planning.planner import KERNEL
@@ -277,7 +279,7 @@ def lowered(raised: Raised, kernel: AttentionKernel) -> fx.GraphModule:
     """Lower every site with one kernel and return the graph, which runs op by op."""
     plan = Plan.single(str(CPU), tuple(Choice(site.id, KERNEL, kernel.name) for site in raised.sites))
     program = raised.program
-    result = lower(program, plan, raised.sites, all_kernels()).program
+    result = lower(program, plan, raised.sites, Kernels(all_kernels())).program
     verify(program, result, kernel.name)
     return result.entries[0].graph
 
@@ -314,3 +316,69 @@ def check_pass(item: Pass, function: Function, args: Sequence[Any], *, changes: 
         assert text(first.program) == untouched, "a foreign graph was changed"
     same(flat(copy_graph(first.program.entries[0].graph)(*fresh(args))), flat(function(*fresh(args))))
     return first.program
+
+
+# --- policies ---
+
+
+def rewritten(raised: Raised, policy: Policy) -> tuple[Program, tuple[AttentionSite, ...]]:
+    """Apply a policy to every site, all of which it must accept, and return the program and the sites as kernels see them."""
+    catalog = all_catalog()
+    for site in raised.sites:
+        answer = policy.propose(site, CPU, catalog)
+        assert isinstance(answer, Estimate), f"{policy.spelled} refuses {site.mask}: {answer}"
+        assert 0 < answer.density <= 1
+        assert answer.seconds > 0
+    before = text(raised.program)
+    program, sites = rewrite_attention(raised.program, raised.sites, {site.id: policy for site in raised.sites})
+    verify(raised.program, program, policy.name)
+    assert text(raised.program) == before, "the policy changed the program that it was given"
+    return program, sites
+
+
+def policy_graphs(raised: Raised, policy: Policy) -> dict[str, fx.GraphModule]:
+    """Return one graph for every kernel that can run what the policy leaves, and `raised`, in which ops mean themselves."""
+    program, sites = rewritten(raised, policy)
+    graphs = {"raised": program.entries[0].graph}
+    catalog = all_catalog()
+    if policy.op == RAISED:
+        names = [kernel.name for kernel in kernels_of(sites)]
+    else:
+        names = [k.name for k in catalog.of(policy.op) if isinstance(k.supports(sites[0], CPU, 0.5), Supported)]
+    assert names, f"no kernel runs what {policy.spelled} leaves"
+    for name in names:
+        plan = Plan.single(str(CPU), tuple(Choice(site.id, KERNEL, name) for site in sites))
+        result = lower(program, plan, sites, catalog).program
+        verify(program, result, name)
+        graphs[name] = result.entries[0].graph
+    return graphs
+
+
+def check_policy(
+    policy: Policy, function: Function, args: Sequence[Any], oracle: Function, *, symbolic: bool = False
+) -> None:
+    """Assert that what a policy makes of a function gives the oracle's numbers, whichever kernel runs it.
+
+    `oracle` takes the same arguments; in float64 it is the truth, in the arguments' dtype it is the error to compare with.
+    """
+    raised = raise_attention(function, fresh(args), symbolic=symbolic)
+    expected, exact = flat(oracle(*fresh(args))), flat(oracle(*doubled(args)))
+    for name, graph in policy_graphs(raised, policy).items():
+        near(flat(graph(*fresh(args))), expected, exact, f"{policy.spelled} on {name}")
+
+
+def check_refusal(policy: Policy, function: Function, args: Sequence[Any], code: str, target: Target = CPU) -> Refusal:
+    """Assert that a policy refuses every site of a function with a code, and return the first refusal."""
+    raised = raise_attention(function, fresh(args))
+    answers = [policy.propose(site, target, all_catalog()) for site in raised.sites]
+    assert answers
+    assert {getattr(answer, "code", None) for answer in answers} == {code}, [str(answer) for answer in answers]
+    assert isinstance(answers[0], Refusal)
+    return answers[0]
+
+
+def all_catalog() -> Kernels:
+    """Return every kernel."""
+    from effcompile.compiler import catalog
+
+    return catalog()

@@ -1,0 +1,279 @@
+"""Define `eff::attention_blocks_v1`: attention over a block map that is known at run time only.
+
+A map is bool `[B|1, H', Qb, Kb]`, H' dividing the query heads, and says which blocks of queries and keys are computed. It narrows the
+predicate, never widens it: what is computed is `map & keep`. A row for which that leaves nothing although the predicate keeps a key
+gets all that the predicate keeps, so that no map can empty a row; a row that the predicate itself empties follows its own rule.
+
+On CPU the op runs `cpp/attention_blocks.cpp`, or a composition of torch operations where there is no compiler (`gathered`). The op
+is opaque to TorchInductor: its control flow depends on data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from effcompile.core.expr import BATCH, HEAD, TRUE, Expr, axes_of
+from effcompile.core.expr_eval import evaluate, from_json
+from effcompile.core.intervals import block_bounds
+from effcompile.ops import native
+from effcompile.ops.attention import define
+from effcompile.ops.row_limits import RowLimits, split_limits, values
+
+Extents = tuple[int, int, int, int]
+_CHUNK = 64  # dead rows, or pairs of a head and a query block, that are computed at a time
+
+
+def attention_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    empty_row: str,
+    scale: float,
+    block: int,
+) -> torch.Tensor:
+    """Compute attention over the chosen blocks.
+
+    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, chosen `[B|1, H', ceil(Q/block), ceil(K/block)]` bool. An empty row gives
+    0, or the mean of V where `empty_row` is "uniform". Returns `[B, Hq, Q, Dv]`.
+    """
+    if q.device.type == "cpu" and q.dtype in native.DTYPES and native.library() is not None:
+        out, lse = compiled(q, k, v, chosen, loads, sizes, keep, scale, block)
+    else:
+        out, lse = gathered(q, k, v, chosen, loads, sizes, keep, scale, block)
+    dead = lse == -math.inf
+    if bool(dead.any()):
+        _revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
+    return out
+
+
+def bounds(
+    keep: str, extents: Extents, block: int, loads: Sequence[torch.Tensor], sizes: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (every, some) of a predicate per block, `[B|1, H|1, Qb, Kb]`; 1 where it does not depend on the axis."""
+    predicate = from_json(keep)
+    used = axes_of(predicate)
+    lead = (extents[0] if BATCH in used else 1, extents[1] if HEAD in used else 1)
+    return block_bounds(predicate, (*lead, *extents[2:]), (block, block), loads, sizes, device)
+
+
+def _within(chosen: torch.Tensor, some: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return the map without blocks in which the predicate keeps nothing."""
+    if some.shape[1] > 1 and chosen.shape[1] != heads:
+        chosen = chosen.repeat_interleave(heads // chosen.shape[1], 1)
+    return chosen & some
+
+
+# --- C++ -----------------------------------------------------------------------------------------------------------------
+
+
+def compiled(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    scale: float,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys."""
+    q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, rows, depth = q.shape
+    extents = (batch, heads, rows, k.shape[2])
+    every, some = bounds(keep, extents, block, loads, sizes, q.device)
+    picked = _within(chosen, some, heads)
+    counts, lists = listed(picked)
+    whole = every.to(torch.uint8).contiguous()
+    parts = split_limits(keep)
+    limits = values(parts, extents, loads, sizes)
+    tile_of, tiles = _tiles(parts, picked, every, extents, block, loads, sizes)
+    out = q.new_empty((batch, heads, rows, v.shape[3]))
+    lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], block]
+    shape += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    shape += [picked.shape[0], picked.shape[1], every.shape[0], every.shape[1]]
+    cuts = [x for x in (limits.first, limits.last) if x is not None]
+    first, last = (
+        None if x is None else x.expand(max(c.shape[0] for c in cuts), rows).contiguous()
+        for x in (limits.first, limits.last)
+    )
+    shape += [1 if not cuts else max(c.shape[0] for c in cuts), 1 if limits.keys is None else limits.keys.shape[0]]
+    shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
+    shape.append(torch.get_num_threads())
+    operands = [q, k, v, out, lse, counts, lists, whole, first, last, limits.keys, tile_of, tiles]
+    native.call_attention_blocks(q.dtype, shape, operands, scale)
+    return out, lse
+
+
+def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (counts `[..., Qb]`, indices `[..., Qb, Kb]`) of a map, int32: FlexAttention's form, kept blocks first and in order."""
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return chosen.sum(-1).to(torch.int32), order.contiguous()
+
+
+def _tiles(
+    parts: RowLimits,
+    picked: torch.Tensor,
+    every: torch.Tensor,
+    extents: Extents,
+    block: int,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the number of the tile of each chosen partial block, -1 where it has none, and the tiles `[N, block, block]`."""
+    if parts.rest == TRUE:
+        return None, None
+    used = axes_of(parts.rest)
+    needed = picked & ~every
+    needed = needed if BATCH in used else needed.any(0, keepdim=True)
+    needed = needed if HEAD in used else needed.any(1, keepdim=True)
+    places = needed.nonzero()
+    number = torch.full(needed.shape, -1, dtype=torch.int32)
+    number[needed] = torch.arange(len(places), dtype=torch.int32)
+    tiles = torch.empty((len(places), block, block), dtype=torch.uint8)
+    step = torch.arange(block)
+    for begin in range(0, len(places), _CHUNK):
+        b, h, line, column = (places[begin : begin + _CHUNK, n].reshape(-1, 1, 1) for n in range(4))
+        rows = (line * block + step[:, None]).clamp(max=extents[2] - 1)
+        keys = (column * block + step[None, :]).clamp(max=extents[3] - 1)
+        value = evaluate(parts.rest, (b, h, rows, keys), loads, sizes)
+        tiles[begin : begin + _CHUNK] = value.expand(len(b), block, block)
+    return number, tiles
+
+
+# --- torch operations alone -----------------------------------------------------------------------------------------------
+
+
+def gathered(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    scale: float,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather the kept keys of each block of queries and attend to them under the predicate; returns as `compiled` does."""
+    predicate = from_json(keep)
+    batch, heads, rows, _ = q.shape
+    columns, group = k.shape[2], heads // k.shape[1]
+    _, some = bounds(keep, (batch, heads, rows, columns), block, loads, sizes, q.device)
+    picked = _within(chosen, some, heads)
+    counts, lists = listed(picked)
+    every_head = heads // picked.shape[1]
+    counts, lists = (
+        x.repeat_interleave(every_head, 1).expand(batch, *x.shape[1:2], *x.shape[2:]) if every_head > 1 else x
+        for x in (counts, lists)
+    )
+    counts = counts.expand(batch, heads, -1)
+    lists = lists.expand(batch, heads, -1, -1)
+    out = q.new_zeros((batch, heads, rows, v.shape[3]))
+    lse = torch.full((batch, heads, rows), -math.inf, dtype=torch.float32, device=q.device)
+    step = torch.arange(block, device=q.device)
+    order = counts.reshape(-1).argsort(stable=True)
+    lines = counts.shape[2]
+    for begin in range(0, len(order), _CHUNK):
+        pair = order[begin : begin + _CHUNK]
+        b, h, line = pair // (heads * lines), pair // lines % heads, pair % lines
+        most = int(counts[b, h, line].max())
+        if most == 0:
+            continue
+        columns_of = lists[b, h, line, :most].long()
+        valid = torch.arange(most, device=q.device) < counts[b, h, line][:, None]
+        keys = (columns_of[:, :, None] * block + step).flatten(1)
+        valid = valid[:, :, None].expand(-1, -1, block).flatten(1) & (keys < columns)
+        keys = keys.clamp(max=columns - 1)
+        mine = line[:, None] * block + step
+        inside, mine = mine < rows, mine.clamp(max=rows - 1)
+        axes = (b[:, None, None], h[:, None, None], mine[:, :, None], keys[:, None, :])
+        kept = evaluate(predicate, axes, loads, sizes).expand(len(pair), block, keys.shape[1]) & valid[:, None, :]
+        one = (b[:, None], h[:, None], mine)
+        keys_of = (b[:, None], h[:, None] // group, keys)
+        scores = torch.matmul(q[one].to(_wide(q)), k[keys_of].to(_wide(q)).transpose(-1, -2)) * scale
+        scores = scores.masked_fill(~kept, -math.inf)
+        total = scores.logsumexp(-1)
+        probs = torch.where(total[..., None] == -math.inf, 0.0, (scores - total[..., None]).exp())
+        found = torch.matmul(probs.to(v.dtype), v[keys_of])
+        b, h = (x[:, None].expand(-1, block)[inside] for x in (b, h))
+        out[b, h, mine[inside]] = found[inside]
+        lse[b, h, mine[inside]] = total[inside].float()
+    return out, lse
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- rows that a map would empty ----------------------------------------------------------------------------------------------
+
+
+def _revive(
+    out: torch.Tensor,
+    dead: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    empty_row: str,
+    scale: float,
+) -> None:
+    """Compute dead rows under the predicate alone, and give those that it empties what its rule says."""
+    predicate, group = from_json(keep), q.shape[1] // k.shape[1]
+    keys = torch.arange(k.shape[2], device=q.device)[None, None, None, :]
+    for number in range(q.shape[0]):
+        rows = dead[number].any(0).nonzero().squeeze(1)
+        for part in rows.split(_CHUNK):
+            kept = _kept(predicate, number, part, keys, q.shape[1], loads, sizes)
+            query = q[number : number + 1, :, part]
+            key, value = (x[number : number + 1].repeat_interleave(group, 1) for x in (k, v))
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=kept, scale=scale)
+            empty = ~kept.any(-1, keepdim=True)
+            if empty_row == "uniform":
+                mean = value.mean(2, keepdim=True, dtype=_wide(v)).to(v.dtype)
+            else:
+                mean = value.new_zeros(())
+            found = torch.where(empty, mean, found)
+            gone = dead[number, :, part][None, :, :, None]
+            out[number : number + 1, :, part] = torch.where(gone, found, out[number : number + 1, :, part])
+
+
+def _kept(
+    predicate: Expr,
+    number: int,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    heads: int,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    lead = torch.full((1, 1, 1, 1), number, device=rows.device)
+    axes = (lead, torch.arange(heads, device=rows.device)[None, :, None, None], rows[None, None, :, None], keys)
+    return evaluate(predicate, axes, loads, sizes).expand(1, heads, len(rows), keys.shape[-1])
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+def register() -> None:
+    """Register the op, once."""
+    define(
+        "eff::attention_blocks_v1",
+        "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor[] loads, SymInt[] sizes, str keep, str empty_row, float scale, "
+        "int block) -> Tensor",
+        attention_blocks,
+        _fake,
+    )
