@@ -53,8 +53,8 @@ class AttentionKernel(ABC):
 class SparseKernel(ABC):
     """Lower one op that a policy inserted, such as attention over a block map that is known at run time only.
 
-    Subclasses are frozen dataclasses in `lowering/`, one a file. They are apart from `AttentionKernel` because a kernel of the plain
-    op would drop the map without a word.
+    Subclasses are frozen dataclasses in `lowering/`, one a file. They are apart from `AttentionKernel` because a kernel of the
+    plain op would drop the map without a word.
     """
 
     name: ClassVar[str]

@@ -1,8 +1,8 @@
 """Narrow a mask by a pattern: intersect, never replace, and never empty a row that had a key.
 
 Patterns speak of the distance to a query's own key. Where that key stands is read from the mask: under `k <= q + o` it is q + o
-(chunked prefill, decode), under `k <= positions[q]` it is positions[q] (a static cache). A row whose own key the mask drops, such as
-the row of a padded position, keeps all that the mask keeps: whether the pattern would empty it is only known at run time.
+(chunked prefill, decode), under `k <= positions[q]` it is positions[q] (a static cache). A row whose own key the mask drops,
+such as the row of a padded position, keeps all that the mask keeps: whether the pattern would empty it is only known at run time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Q, K = axis(QUERY), axis(KEY)
 class Alignment:
     """Hold where each query's own key stands, and the extents, as expressions.
 
-    `own` depends on (b, h, q); `causal` says that the mask lets a query read no key after it. `fresh` is the slot of `k_len` as a new
-    size operand, None where the number of keys is known.
+    `own` depends on (b, h, q); `causal` says that the mask lets a query read no key after it. `fresh` is the slot of `k_len` as a
+    new size operand, None where the number of keys is known.
     """
 
     own: Expr

@@ -1,8 +1,9 @@
 """Define `eff::attention_blocks_v1`: attention over a block map that is known at run time only.
 
-A map is bool `[B|1, H', Qb, Kb]`, H' dividing the query heads, and says which blocks of queries and keys are computed. It narrows the
-predicate, never widens it: what is computed is `map & keep`. A row for which that leaves nothing although the predicate keeps a key
-gets all that the predicate keeps, so that no map can empty a row; a row that the predicate itself empties follows its own rule.
+A map is bool `[B|1, H', Qb, Kb]`, H' dividing the query heads, and says which blocks of queries and keys are computed. It
+narrows the predicate, never widens it: what is computed is `map & keep`. A row for which that leaves nothing although the
+predicate keeps a key gets all that the predicate keeps, so that no map can empty a row; a row that the predicate itself empties
+follows its own rule.
 
 On CPU the op runs `cpp/attention_blocks.cpp`, or a composition of torch operations where there is no compiler (`gathered`). The op
 is opaque to TorchInductor: its control flow depends on data.
@@ -41,8 +42,8 @@ def attention_blocks(
 ) -> torch.Tensor:
     """Compute attention over the chosen blocks.
 
-    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, chosen `[B|1, H', ceil(Q/block), ceil(K/block)]` bool. An empty row gives
-    0, or the mean of V where `empty_row` is "uniform". Returns `[B, Hq, Q, Dv]`.
+    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, chosen `[B|1, H', ceil(Q/block), ceil(K/block)]` bool. An empty
+    row gives 0, or the mean of V where `empty_row` is "uniform". Returns `[B, Hq, Q, Dv]`.
     """
     if q.device.type == "cpu" and q.dtype in native.DTYPES and native.library() is not None:
         out, lse = compiled(q, k, v, chosen, loads, sizes, keep, scale, block)
@@ -101,12 +102,10 @@ def compiled(
     shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], block]
     shape += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
     shape += [picked.shape[0], picked.shape[1], every.shape[0], every.shape[1]]
-    cuts = [x for x in (limits.first, limits.last) if x is not None]
-    first, last = (
-        None if x is None else x.expand(max(c.shape[0] for c in cuts), rows).contiguous()
-        for x in (limits.first, limits.last)
-    )
-    shape += [1 if not cuts else max(c.shape[0] for c in cuts), 1 if limits.keys is None else limits.keys.shape[0]]
+    first, last = limits.first, limits.last
+    cuts = max((x.shape[0] for x in (first, last) if x is not None), default=1)
+    first, last = (None if x is None else x.expand(cuts, rows).contiguous() for x in (first, last))
+    shape += [cuts, 1 if limits.keys is None else limits.keys.shape[0]]
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
     shape.append(torch.get_num_threads())
     operands = [q, k, v, out, lse, counts, lists, whole, first, last, limits.keys, tile_of, tiles]
@@ -115,7 +114,7 @@ def compiled(
 
 
 def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (counts `[..., Qb]`, indices `[..., Qb, Kb]`) of a map, int32: FlexAttention's form, kept blocks first and in order."""
+    """Return (counts `[..., Qb]`, indices `[..., Qb, Kb]`) of a map, int32: FlexAttention's form, kept blocks first, in order."""
     order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     return chosen.sum(-1).to(torch.int32), order.contiguous()
 
@@ -171,13 +170,8 @@ def gathered(
     _, some = bounds(keep, (batch, heads, rows, columns), block, loads, sizes, q.device)
     picked = _within(chosen, some, heads)
     counts, lists = listed(picked)
-    every_head = heads // picked.shape[1]
-    counts, lists = (
-        x.repeat_interleave(every_head, 1).expand(batch, *x.shape[1:2], *x.shape[2:]) if every_head > 1 else x
-        for x in (counts, lists)
-    )
-    counts = counts.expand(batch, heads, -1)
-    lists = lists.expand(batch, heads, -1, -1)
+    counts, lists = (x.repeat_interleave(heads // picked.shape[1], 1) for x in (counts, lists))
+    counts, lists = counts.expand(batch, -1, -1), lists.expand(batch, -1, -1, -1)
     out = q.new_zeros((batch, heads, rows, v.shape[3]))
     lse = torch.full((batch, heads, rows), -math.inf, dtype=torch.float32, device=q.device)
     step = torch.arange(block, device=q.device)

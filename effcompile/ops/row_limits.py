@@ -1,7 +1,7 @@
 """Split a predicate into what a kernel checks per row, per key, and per pair.
 
-Most masks are a range of keys for each query (causal order, windows, offsets, caches) and a set of keys (padding). Those cost a
-kernel two integers a row and one byte a key. Only what is neither becomes tiles of single pairs, and only for blocks that need them.
+Most masks are a range of keys for each query (causal order, windows, offsets, caches) and a set of keys (padding). Those cost
+a kernel two integers a row and one byte a key. Only what is neither becomes tiles of single pairs, for the blocks that need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LEAST, _MOST = -(2**30), 2**30
 
 @dataclass(frozen=True)
 class RowLimits:
-    """Hold the parts of a predicate: `first(b, q) <= k <= last(b, q)`, `keys(b, k)`, `rows(b, q)`, and the rest over all indices."""
+    """Hold the parts of a predicate: `first(b, q) <= k <= last(b, q)`, `keys(b, k)`, `rows(b, q)`, and the rest."""
 
     first: tuple[Expr, ...]
     last: tuple[Expr, ...]

@@ -27,8 +27,8 @@ def replayed(
 ) -> Plan:
     """Return the part of a plan for one graph; `policies` are those that it names, by site.
 
-    A person who edits the policy of a site need not know which kernels run it: a kernel that fits the site no longer is chosen anew,
-    and a note says so.
+    A person who edits the policy of a site need not know which kernels run it: where the named kernel fits the site no longer,
+    another is chosen, and a note says so.
 
     Raises EFF-P501 where the plan has no graph with these sites, EFF-P506 where a choice names a kernel or pass that
     is not there, that cannot run the site exactly on this target, or that the options leave out, or a policy that refuses the site.
@@ -84,7 +84,7 @@ def _check_passes(part: Plan, passes: Sequence[PassChoice]) -> None:
 def _refused(name: str, site: AttentionSite, why: Refusal) -> EffError:
     return EffError(
         "EFF-P506",
-        f"the plan runs it with `{name}`, which cannot run it here: {why}",
+        f"the plan runs it with `{name}`, which cannot run it exactly here: {why}",
         site=site.id,
         hint="eff plan MODEL -o plan.json",
     )

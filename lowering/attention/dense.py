@@ -15,7 +15,7 @@ from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
-from effcompile.lowering.attention.sdpa import emit_sdpa, plain
+from effcompile.lowering.attention.sdpa import emit_sdpa, is_square_causal, plain
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class SdpaDense(AttentionKernel):
 
         call = AttentionCall.of(node)
         mask = call.mask
+        if mask is None and is_square_causal(site):  # the source said is_causal
+            return emit_sdpa(edit, call, None, True)
         if mask is None:
             raise RewriteError("EFF-X905", f"site {site.id} has no mask tensor", site=site.id)
         wanted, has = call.q.meta["val"].dtype, mask.meta["val"].dtype

@@ -28,7 +28,7 @@ SITE_FIELDS = {
 }
 TOP_FIELDS = {
     *("schema", "model", "target", "device", "machine", "inputs", "weights", "graphs", "sites", "missed", "breaks"),
-    *("unseen", "stop", "seconds", "modelled", "command"),
+    *("unseen", "stop", "seconds", "modelled", "command", "policy"),
 }
 
 
@@ -53,6 +53,18 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("2 attention sites: 2 rewritten, 0 not", "layers.{0-1}.attn", "sdpa-causal", "llama.py:", "modelled"):
         assert part in done.out
     assert done.err == ""
+
+
+def test_a_policy_is_an_option_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--attention", "sink-window{window=16,dense_layers=1}", "--shape", "b=1,s=64", "--target", "cpu")
+    done = run(capsys, "explain", "zoo:llama-tiny", *asked, "--require", "attention=all")
+    assert done.code == 0
+    for part in ("2 attention sites: 1 rewritten, 0 not, 1 dense as asked", "sink-window{window=16}", "EFF-A501"):
+        assert part in done.out
+    plan = tmp_path / "plan.json"
+    assert run(capsys, "plan", "zoo:llama-tiny", *asked, "-o", plan).code == 0
+    assert "sink-window{window=16}" in run(capsys, "show", plan).out
+    assert run(capsys, "explain", "zoo:llama-tiny", "--attention", "sink-windw").code == 2
 
 
 def test_page_is_self_contained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ policies = st.one_of(
     st.builds(SlidingWindow, window=st.integers(1, 9)),
     st.builds(SinkWindow, window=st.integers(1, 9), sinks=st.integers(1, 3)),
 )
+ORDERS = ("offset", "positions", "both sides")
 STYLES = ("none", "left", "right", "holes", "one empty")
 
 
@@ -86,7 +87,7 @@ def real_keys(style: str, length: int, seed: int) -> Tensor:
     st.integers(1, 12),
     st.integers(0, 20),
     st.sampled_from(STYLES),
-    st.sampled_from(["offset", "positions", "both sides"]),
+    st.sampled_from(ORDERS),
     st.integers(0, 99),
 )
 def test_narrowed_masks(policy: Policy, rows: int, more: int, style: str, order: str, seed: int) -> None:
