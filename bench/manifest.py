@@ -67,7 +67,11 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> dict[str, Any]:
-    """Return the CPU's model name, instruction set, matrix extensions, usable cores and nominal clock in Hz."""
+    """Return the CPU's model name, instruction set, matrix extensions, usable cores, nominal clock in Hz and modelled peaks.
+
+    `family` is its name in the planner's table of rates, `peaks` are the modelled FLOP/s of all usable cores, by dtype.
+    """
+    from effcompile.lowering.rates import family
     from effcompile.targets.detect import detect_cpu, read_clock, read_isa
 
     text = _read("/proc/cpuinfo")
@@ -79,6 +83,8 @@ def cpu() -> dict[str, Any]:
         "torch_capability": capability,
         "extensions": [word for word in _EXTENSIONS if re.search(rf"\b{word}\b", text)],
         "cores": detect_cpu().cores,
+        "family": family(detect_cpu()),
+        "peaks": dict(detect_cpu().peak_flops),
         "clock": read_clock(text),
     }
 

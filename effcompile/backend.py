@@ -17,12 +17,14 @@ from torch import fx
 
 from effcompile import report
 from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
+from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
 from effcompile.compiler import ATTENTION, Compiled, asked_policy, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.options import DOORS, Options
+from effcompile.core.sizes import place_of_size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.targets import devices
 from effcompile.targets.detect import detect
@@ -85,7 +87,7 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
             compiled = compile_program(program, target, options, _dump(), _fuel())
             clock.add(compiled.seconds)
             (entry,) = compiled.program.entries
-            run = emit_graph(entry.graph, example_inputs, options)
+            run = _by_size(emit_graph(entry.graph, example_inputs, options), compiled, options)
             clock.lap("emit")
     except ContractError:
         raise
@@ -104,6 +106,25 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
         return _fallback(gm, example_inputs, options, error)
     report.compiled(compiled, clock.parts)
     return _guarded(run, compiled, gm, example_inputs, options)
+
+
+def _by_size(run: Callable[..., Any], compiled: Compiled, options: Options) -> Callable[..., Any]:
+    """Let a plan's split size decide between this range's callable and the other's, which is compiled when it is met."""
+    split, other = compiled.plan.split, compiled.other
+    if split is None or other is None:
+        return run
+    (entry,) = compiled.program.entries
+    place = place_of_size(entry.graph.graph, split.size)
+    assert place is not None, f"no input has the size {split.size}"
+
+    def failed(error: Exception) -> None:
+        if options.strict:
+            raise RewriteError("EFF-X900", f"{type(error).__name__}: {error}") from error
+        report.failed(error)
+
+    hint = symbolic_sizes(entry.graph.graph)[split.size].hint
+    late = Late(lambda: other().entries[0].graph, options)
+    return by_size(run, late, split, place, hint, compiled=report.second_range, failed=failed)
 
 
 def _guarded(

@@ -8,7 +8,7 @@ Stages never call each other; values pass through here. Every decision sits in t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from effcompile import discover, ops
@@ -17,17 +17,19 @@ from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError, unknown
 from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
-from effcompile.core.plan import Plan
+from effcompile.core.plan import Plan, Range
 from effcompile.core.policy import Kernels, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
 from effcompile.core.site import AttentionSite, Missed, Refusal
+from effcompile.core.sizes import Size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.lower import lower
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
-from effcompile.planning.planner import PassChoice, keep_contract, make_plan
+from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
+from effcompile.planning.pricing import products
 from effcompile.planning.replay import replayed
 
 ATTENTION = "attention"
@@ -35,7 +37,11 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class Compiled:
-    """Hold what the stages before emission produced, and how long each took (seconds)."""
+    """Hold what the stages before emission produced, and how long each took (seconds).
+
+    Where the plan splits a symbolic size, `program` is for the `range` of the value that was traced, and `other`
+    makes the program of the other range.
+    """
 
     program: Program
     plan: Plan
@@ -44,6 +50,8 @@ class Compiled:
     pinned: tuple[str, ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()
     ran: tuple[str, ...] = ()
+    range: Range = "any"
+    other: Callable[[], Program] | None = None
 
 
 @dataclass
@@ -72,7 +80,8 @@ def compile_program(
     dump.program("recognized", program)
     clock.lap("recognize")
 
-    plan = _plan(found, target, options, kernels, passes, program.requires_grad)
+    sizes = symbolic_sizes(program.entries[0].graph.graph)
+    plan = _plan(found, program, target, options, kernels, passes, sizes)
     policies = policies_of(plan)
     asked = bool(policies) or asked_policy(options) is not None
     keep_contract(plan, options.require, found.sites, found.missed, asked=asked)
@@ -80,16 +89,30 @@ def compile_program(
     clock.lap("plan")
 
     chosen = [p for p in passes if p.name in plan.passes()]
-    sparse, sites = rewrite_attention(program, found.sites, policies)
-    program = verify(program, sparse, "attention policies")
-    dump.program("policies", program)
-    program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
-    clock.lap("rewrite")
-    program = verify(program, lower(program, plan, sites, kernels).program, "lower")
-    dump.program("kernels", program)
-    program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
-    dump.program("lowered", program)
-    clock.lap("lower")
+
+    def rewrite(program: Program, plan: Plan, dump: Dump, tank: _Fuel, clock: _Clock) -> Program:
+        sparse, sites = rewrite_attention(program, found.sites, policies)
+        program = verify(program, sparse, "attention policies")
+        dump.program("policies", program)
+        program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
+        clock.lap("rewrite")
+        program = verify(program, lower(program, plan, sites, kernels).program, "lower")
+        dump.program("kernels", program)
+        program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
+        dump.program("lowered", program)
+        clock.lap("lower")
+        return program
+
+    split, other = plan.split, None
+    here: Range = "any" if split is None else split.side(sizes[split.size].hint)
+    if split is not None and fuel is None:
+        there: Range = "above" if here == "below" else "below"
+        recognized = program
+
+        def other() -> Program:
+            return rewrite(recognized, plan.within(there), dump.beside(there), _Fuel(None), _Clock())
+
+    program = rewrite(program, plan.within(here), dump, tank, clock)
     return Compiled(
         program,
         plan.with_notes(tank.notes),
@@ -98,27 +121,36 @@ def compile_program(
         found.pinned,
         tuple(clock.parts.items()),
         tuple(tank.ran),
+        here,
+        other,
     )
 
 
 def _plan(
     found: Recognized,
+    program: Program,
     target: Target,
     options: Options,
     kernels: Kernels,
     passes: Sequence[Pass],
-    training: bool,
+    sizes: Mapping[str, Size],
 ) -> Plan:
+    training = program.requires_grad
     choices = [
         PassChoice(p.name, _refusal(p, options, training), asked=p in options.passes)
         for p in passes
         if p.phase != "captured"
     ]
+
+    def others(values: Mapping[str, int]) -> float:
+        return sum(products(entry, target.device, values) for entry in program.entries)
+
+    given = Circumstances(target, kernels, training, sizes, others)
     policy = asked_policy(options)
     if options.plan is None:
-        return make_plan(found.sites, found.missed, target, kernels, choices, policy=policy, training=training)
+        return make_plan(found.sites, found.missed, given, choices, policy=policy)
     named = policies_of(options.plan.part({site.id: site.fingerprint for site in found.sites}, training))
-    return replayed(options.plan, found.sites, target, kernels, choices, named, training=training)
+    return replayed(options.plan, found.sites, given, choices, named)
 
 
 def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:

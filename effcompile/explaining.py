@@ -9,10 +9,12 @@ out.
 
 from __future__ import annotations
 
+import gc
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +35,7 @@ from effcompile.modules import attention_modules, holders
 from effcompile.observe import Observation, SeenGraph, observe, observe_export
 from effcompile.planning import pricing
 from effcompile.planning.explain import Explanation, GraphRow, MissedRow, PassRow, SiteRow, Unseen
+from effcompile.planning.planner import KERNEL
 from effcompile.skeleton import Skeleton, strip
 
 _ON_WEIGHTS = "; the weights themselves may answer it: real=True (--real)"
@@ -72,6 +75,23 @@ def explain(
     asked = Options.parse({**(options or {}), **({"target": target} if target is not None else {})})
     check_doors(asked)
     chosen = target_of(asked, "cuda" if torch.cuda.is_available() else "cpu")
+    with _uncollected():
+        found = _explained(model, inputs, kwargs, asked, chosen, dynamic, real, name, command)
+    found.keep_contract(asked.require)
+    return found
+
+
+def _explained(
+    model: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    asked: Options,
+    chosen: Target,
+    dynamic: bool | None,
+    real: bool,
+    name: str,
+    command: str,
+) -> Explanation:
     began = time.perf_counter()
     exported = isinstance(model, torch.export.ExportedProgram)
     dry = exported or (isinstance(model, nn.Module) and not real)
@@ -84,7 +104,7 @@ def explain(
     traced = time.perf_counter()
     explanation = describe(observation, skeleton.model, chosen, replace(asked, require=()))
     rest = time.perf_counter() - traced - sum(seconds for _, seconds in explanation.seconds)
-    found = replace(
+    return replace(
         explanation,
         model=name or type(model).__name__,
         stop=explanation.stop + (_ON_WEIGHTS if explanation.stop and dry else ""),
@@ -93,8 +113,18 @@ def explain(
         seconds=(("trace", traced - began), *explanation.seconds, ("price", rest)),
         command=command,
     )
-    found.keep_contract(asked.require)
-    return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold off the garbage collector: tracing makes a million objects that live, and it would look at them again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def describe(observation: Observation, model: Any, target: Target, options: Options) -> Explanation:
@@ -198,7 +228,7 @@ class _Pricer:
 def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> list[SiteRow]:
     rows = []
     for site in compiled.sites:
-        choice = compiled.plan.of(site.id, "attention-kernel")
+        choice = compiled.plan.within(compiled.range).of(site.id, KERNEL)
         policy = compiled.plan.of(site.id, ATTENTION)
         assert choice is not None, f"no kernel was chosen for {site.id}"
         declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
@@ -209,7 +239,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
                 places=tuple(dict.fromkeys(place(owner, site.id) for owner in graph.owners or [""])),
                 instances=max(1, len(graph.owners)),
                 site=site,
-                kernel=choice.policy,
+                kernel=compiled.plan.policy(site.id, KERNEL),
                 reason=choice.reason,
                 seconds=choice.seconds or 0.0,
                 tag=choice.tag,

@@ -23,6 +23,7 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo, module_of,
 from effcompile.capture.export import capture_export
 from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Input, Program
+from effcompile.modules import attention_modules
 from effcompile.skeleton import Skeleton
 
 _QUOTED = re.compile(r'File "([^"]+)", line (\d+)')
@@ -60,7 +61,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Observation:
-    """Hold the graphs in order, the paths of the modules that ran, and where the traced run stopped.
+    """Hold the graphs in order, the paths of modules that ran (all of attention), and where the traced run stopped.
 
     `partial` tells that the eager run failed where the traced one did not, so that `called` may lack some: fake tensors
     lack an implementation of some ops that Dynamo replaces.
@@ -73,13 +74,12 @@ class Observation:
 
 
 def observe(skeleton: Skeleton, *, dynamic: bool | None = None, keep_inputs: bool = False) -> Observation:
-    """Trace a model by running it twice, on fresh arguments each time and without gradients.
+    """Trace a model by running it through Dynamo, without gradients.
 
-    The first run is eager and only notes which modules are called; the second goes through Dynamo. `keep_inputs` copies
-    the inputs of every graph as they were before it ran.
+    Where that leaves a module that looks like attention unaccounted for, or stops early, an eager run on fresh arguments
+    notes which modules are called. `keep_inputs` copies the inputs of every graph as they were before it ran.
     """
     model = skeleton.model
-    called, eager_stop = _called(skeleton)
     paths = _paths_of_tensors(model)
     graphs: list[SeenGraph] = []
 
@@ -104,9 +104,13 @@ def observe(skeleton: Skeleton, *, dynamic: bool | None = None, keep_inputs: boo
         return run
 
     stop = _run(_traced(model, record, dynamic), skeleton)
+    called = _traced_modules(graphs)
+    if stop is None and called.issuperset(path for path, _ in attention_modules(model)):
+        return Observation(tuple(graphs), called)
+    seen, eager_stop = _called(skeleton)
     if stop is not None and eager_stop is not None:
         stop = eager_stop  # the model fails by itself: its own stack says more than Dynamo's
-    return Observation(tuple(graphs), called | _traced_modules(graphs), stop, eager_stop is not None and stop is None)
+    return Observation(tuple(graphs), called | seen, stop, eager_stop is not None and stop is None)
 
 
 def observe_export(exported: torch.export.ExportedProgram) -> Observation:

@@ -95,6 +95,12 @@ def stale(names: tuple[str, ...]) -> None:
     _LOG.notices.append(f"the mask buffer behind {', '.join(names)} changed: its graph runs eagerly")
 
 
+def second_range(text: str) -> None:
+    """Count a graph that was compiled for the other range of a size as well, when a value of it arrived."""
+    _LOG.counters["second ranges"] += 1
+    _LOG.notices.append(f"compiled for {text} too")
+
+
 def count() -> int:
     """Return how many graphs were recorded."""
     return len(_LOG.graphs)
@@ -123,8 +129,8 @@ def summary() -> dict[str, Any]:
                 "sites": [
                     {
                         **site.to_json(),
-                        "policy": (p.policy if (p := record.compiled.plan.of(site.id, "attention")) else ""),
-                        "kernel": (c.policy if (c := record.compiled.plan.of(site.id, "attention-kernel")) else ""),
+                        "policy": record.compiled.plan.policy(site.id, "attention"),
+                        "kernel": record.compiled.plan.policy(site.id, "attention-kernel"),
                     }
                     for site in record.compiled.sites
                 ],

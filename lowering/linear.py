@@ -1,24 +1,30 @@
 """Run float linear layers through oneDNN where it beats the BLAS that torch links.
 
 torch's CPU wheel runs `linear` through MKL, which on AMD processors reaches 0.75 to 0.87 of oneDNN's rate at the sizes of
-transformer layers (bench/results/linear-table.json). The weight stays the user's own tensor: oneDNN packs it inside the call, so an
-updated weight is seen. One row (decode) is bound by memory and stays as it is.
+transformer layers (bench/results/linear-table.json). The weight stays the user's own tensor: oneDNN packs it inside the call, so
+that an updated weight is seen. That packing costs small layers with few rows more than it gains; where it pays is looked up in the
+table that was measured on this family of CPUs (`rates.py`), by the widths of the nearest measured layer.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from effcompile.core import compat
+from effcompile.core.density import NOMINAL
 from effcompile.core.plan import Plan
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, Pass, PassResult, copy_graph
+from effcompile.lowering.rates import Rates, rates_of
+from effcompile.targets.detect import detect_cpu
 
-_ROWS = 64  # below this the packing inside the call costs more than it gains
+GAIN = 1.05  # how many times as fast it has to be: less is within the noise of the table
+_ROWS = 64  # where no table says more: with fewer rows the packing costs more than it gains
 
 
 @dataclass(frozen=True)
@@ -33,21 +39,22 @@ class SelectLinear(Pass):
         if program.device != "cpu" or not compat.has_mkldnn_linear():
             return PassResult(program)
         count = 0
+        rates = rates_of(detect_cpu())
         for entry in program.entries:
             edit = Editor(copy_graph(entry.graph))
             for node in list(edit.graph.nodes):
-                if node.target is torch.ops.aten.linear.default and _pays(node):
+                if node.target is torch.ops.aten.linear.default and _pays(node, rates):
                     with edit.before(node):
                         bias = node.args[2] if len(node.args) > 2 else None
                         op = torch.ops.eff.linear_v1.default
-                        call = edit.call(op, node.args[0], node.args[1], bias, like=node)
+                        call = edit.call(op, node.args[0], node.args[1], bias, like=node, same=True)
                     edit.replace(node, call)
                     count += 1
             program = program.with_graph(entry, edit.finish())
         return PassResult(program, count > 0, (f"{count} linears on oneDNN",) if count else ())
 
 
-def _pays(node: fx.Node) -> bool:
+def _pays(node: fx.Node, rates: Rates | None) -> bool:
     x, weight = node.args[0], node.args[1]
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -58,7 +65,10 @@ def _pays(node: fx.Node) -> bool:
         return False
     if matrix.dim() != 2 or value.dim() < 2:
         return False
-    rows: Any = 1
-    for extent in value.shape[:-1]:
-        rows = rows * (extent if isinstance(extent, int) else _ROWS)
-    return bool(rows >= _ROWS)
+    rows = math.prod(extent if isinstance(extent, int) else NOMINAL for extent in value.shape[:-1])
+    outputs, inputs = matrix.shape
+    if not isinstance(outputs, int) or not isinstance(inputs, int):
+        return False
+    dtype = str(value.dtype).removeprefix("torch.")
+    gain = rates.linear_gain(rows, inputs, outputs, dtype) if rates is not None else None
+    return rows >= _ROWS if gain is None else gain >= GAIN

@@ -82,10 +82,9 @@ class _Region:
 
 
 def _unpad(entry: Entry) -> tuple[fx.GraphModule, int]:
+    _common_padding(_calls(entry.graph.graph))  # most graphs are refused here, before anything is copied
     edit = Editor(copy_graph(entry.graph))
-    calls = [AttentionCall.of(n) for n in edit.graph.nodes if n.target is torch.ops.eff.attention_v1.default]
-    if not calls:
-        raise _Refused("EFF-A400", "no attention site")
+    calls = _calls(edit.graph)
     kept, source = _common_padding(calls)
     shape = calls[0].q.meta["val"].shape
     region = _Region(edit, shape[0], shape[2], kept, source)
@@ -93,6 +92,13 @@ def _unpad(entry: Entry) -> tuple[fx.GraphModule, int]:
     rows = _plan_rows(region, start, calls)
     _rewrite(region, start, rows)
     return edit.finish(), len(calls)
+
+
+def _calls(graph: fx.Graph) -> list[AttentionCall]:
+    found = [AttentionCall.of(n) for n in graph.nodes if n.target is torch.ops.eff.attention_v1.default]
+    if not found:
+        raise _Refused("EFF-A400", "no attention site")
+    return found
 
 
 def _common_padding(calls: Sequence[AttentionCall]) -> tuple[Expr, fx.Node]:

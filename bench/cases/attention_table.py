@@ -19,7 +19,9 @@ from effcompile.core.expr_eval import evaluate, to_json
 from effcompile.core.intervals import block_bounds
 
 KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "flex", "math")
-MASKS = ("full", "causal", "window", "padding", "causal-padding", "documents")
+SQUARE = ("full", "causal", "window", "padding", "causal-padding", "documents")
+DECODE = ("decode", "decode-mask")
+MASKS = (*SQUARE, *DECODE)
 _FLEX_BLOCK = 128
 
 
@@ -33,11 +35,14 @@ class AttentionTable(Case):
     about: ClassVar[str] = (
         "GFLOP/s over the (query, key) pairs that a kernel visits (useful_gflops: over those the mask keeps). Batch "
         "2, 9 query and 3 key/value heads; window 256; half of the positions are padding on the left (3/4 and 1/4 "
-        "real); documents of S/4."
+        "real); documents of S/4. decode is one query over S keys, decode-mask with 3/4 of them kept by a mask row."
     )
     form_words: ClassVar[tuple[str, ...]] = MASKS
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    head_dims: tuple[int, ...] = (64, 128)
+    lengths: tuple[int, ...] = (32, 128, 256, 512, 1024, 2048, 4096)
+    head_dim: int = 64
+    other_head_dims: tuple[int, ...] = (32, 128)
+    """At one length only: the rate depends on the head dimension and on the length by nearly independent factors."""
+    other_length: int = 1024
     masks: tuple[str, ...] = MASKS
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batch: int = 2
@@ -50,14 +55,13 @@ class AttentionTable(Case):
         return KERNELS if device == "cpu" else ("dense", "sdpa", "sdpa-causal", "flex", "math")
 
     def rows(self, settings: Settings) -> Sequence[Row]:
-        """Return length x head dimension x mask x dtype; `--forms` names masks."""
+        """Return length x mask x dtype, and every head dimension at one length; `--forms` names masks."""
         lengths = settings.lengths or ((256,) if settings.quick else self.lengths)
-        dims = self.head_dims[:1] if settings.quick else self.head_dims
         shape = {"batch": self.batch, "heads": self.heads, "kv_heads": self.kv_heads}
         return [
             Row(f"{n}-d{dim}-{mask}-{dtype}", {**shape, "length": n, "head_dim": dim, "mask": mask, "dtype": dtype})
             for n in lengths
-            for dim in dims
+            for dim in (self.head_dim, *(self.other_head_dims if n == self.other_length else ()))
             for mask in self.masks
             if not settings.forms or mask in settings.forms
             for dtype in self.dtypes
@@ -92,9 +96,10 @@ class Problem:
         """Draw the tensors of a row."""
         at = row.parameters
         batch, length, dim, dtype = int(at["batch"]), int(at["length"]), int(at["head_dim"]), str(at["dtype"])
-        q = seeded((batch, int(at["heads"]), length, dim), dtype, device, 1)
+        queries = 1 if str(at["mask"]) in DECODE else length
+        q = seeded((batch, int(at["heads"]), queries, dim), dtype, device, 1)
         k, v = (seeded((batch, int(at["kv_heads"]), length, dim), dtype, device, seed) for seed in (2, 3))
-        predicate, loads = _predicate(str(at["mask"]), batch, length, window, device)
+        predicate, loads = predicate_of(str(at["mask"]), batch, length, window, device)
         return cls(q, k, v, str(at["mask"]), predicate, loads, window)
 
     @property
@@ -104,7 +109,7 @@ class Problem:
 
     def mask(self) -> Tensor | None:
         """Return the bool tensor `[B|1, 1, S, S]`, or None for a full mask."""
-        if self.kind == "full":
+        if self.kind in ("full", "decode"):
             return None
         batch, _, rows, columns = self.extents
         sizes = (batch, 1, rows, columns)
@@ -146,8 +151,12 @@ class Problem:
             else "not causal alone",
             "padded": "the mask is not key padding",
             "blocked": "there is no mask",
-            "flex": self._kernel(self._flex, self.visited((_FLEX_BLOCK, _FLEX_BLOCK))),
-            "math": self._kernel(self._math, 1.0),
+            "flex": self._kernel(self._flex, self.visited((_FLEX_BLOCK, _FLEX_BLOCK)))
+            if mask is not None and self.extents[2] > 1
+            else "no mask, or one query",
+            "math": self._kernel(self._math, 1.0)
+            if self.kind in ("full", "causal", *DECODE)
+            else "reads the mask as a tensor, as under causal",
         }
         if padded:
             keep = self.loads[0]
@@ -158,7 +167,7 @@ class Problem:
             found["padded"] = self._kernel(
                 lambda: lambda: op(self.q, self.k, self.v, keep, causal, "zero", scale), share
             )
-        if mask is not None:
+        if mask is not None and self.extents[2] > 1:
             blocked = torch.ops.eff.attention_blocked_v1
             text, loads = to_json(self.predicate), list(self.loads)
             found["blocked"] = self._kernel(
@@ -192,10 +201,11 @@ class Problem:
             scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
             return torch.softmax(scores, -1, dtype=torch.float32).nan_to_num(0.0).to(v.dtype) @ v
 
-        return run
+        # The kernel is a chain of ATen operations, which TorchInductor compiles.
+        return torch.compile(run, dynamic=False)
 
 
-def _predicate(kind: str, batch: int, length: int, window: int, device: str) -> tuple[Expr, tuple[Tensor, ...]]:
+def predicate_of(kind: str, batch: int, length: int, window: int, device: str) -> tuple[Expr, tuple[Tensor, ...]]:
     query, key = axis(QUERY), axis(KEY)
     causal = apply("le", key, query)
     padding = load(0, (axis(BATCH), key), BOOL)
@@ -213,8 +223,15 @@ def _predicate(kind: str, batch: int, length: int, window: int, device: str) -> 
         "padding": (padding, (keep,)),
         "causal-padding": (apply("and", causal, padding), (keep,)),
         "documents": (apply("and", causal, same), (documents,)),
+        "decode": (TRUE, ()),
+        "decode-mask": (padding, (_filled(batch, length, device),)),
     }
     return table[kind]
+
+
+def _filled(batch: int, length: int, device: str) -> Tensor:
+    """Return which of `[B, S]` keys a cache holds: the first three quarters."""
+    return torch.arange(length, device=device)[None, :].expand(batch, length) < length - length // 4
 
 
 def _mask_of(kind: str, loads: tuple[Tensor, ...], window: int) -> Callable[..., Any] | None:

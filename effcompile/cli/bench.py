@@ -34,6 +34,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every arm."
 Out = Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="bench/results; quick: none")]
 Readme = Annotated[bool, typer.Option("--readme", help="Write the stored results into README.md; measure nothing.")]
 
+Install = Annotated[
+    bool, typer.Option("--install", help="Put the stored tables of kernels into the package; measure nothing.")
+]
+
 
 def checkout() -> Path:
     """Return the root of the checkout that this package runs from.
@@ -104,6 +108,7 @@ def bench(
     threads: Threads = None,
     out: Out = None,
     readme: Readme = False,
+    install: Install = False,
     as_json: given.AsJson = False,
 ) -> int:
     """Measure this project against eager, TorchInductor, ONNX Runtime and OpenVINO, side by side in one run.
@@ -116,6 +121,10 @@ def bench(
     if readme:
         changed = report.write_readme(checkout() / "README.md", runner.stored(out or runner.RESULTS))
         stdout().print("README.md: results written" if changed else "README.md: already up to date")
+        return 0
+    if install:
+        for line in load("condense").install_tables(cases or [], out or runner.RESULTS):
+            stdout().print(line)
         return 0
     settings = load("case").Settings(
         device=device,

@@ -116,7 +116,7 @@ def _presence(fingerprint: str) -> str:
 def _choices(plan: GraphPlan) -> Mapping[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for choice in plan.choices:
-        runs = "runs" if choice.family == "pass" else choice.policy
+        runs = "runs" if choice.family == "pass" else plan.policy(choice.site, choice.family)
         found[choice.site, _what(choice.family, choice.policy)] = runs
     return found
 

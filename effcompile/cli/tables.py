@@ -134,7 +134,9 @@ def draw_plan(out: Console, plan: Plan, why_not: bool) -> None:
     for number, graph in enumerate(plan.graphs):
         for choice in graph.choices:
             price = "" if choice.seconds is None else f"{duration(choice.seconds)} {choice.tag}"
-            where = chosen.setdefault((choice.family, choice.policy, price), [])
+            sizes = "" if graph.split is None else graph.split.text(choice.range)
+            policy = f"{choice.policy} where {sizes}" if sizes else choice.policy
+            where = chosen.setdefault((choice.family, policy, price), [])
             where.extend(_where(graph, number, choice.family, choice.site, graphs > 1))
         for item in graph.declined:
             key = (item.policy, item.refusal.code, item.refusal.reason, item.refusal.hint)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +18,18 @@ def dynamo_fake_mode() -> Any | None:
     """Return the FakeTensorMode of the Dynamo compilation that is under way, or None outside one."""
     context = torch._guards.TracingContext.try_get()
     return None if context is None else context.fake_mode
+
+
+def compilation_contexts() -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
+    """Return what enters the contexts of the Dynamo compilation that is under way again, after it has ended."""
+    from torch._guards import CompileContext, TracingContext, compile_context, tracing
+
+    found: list[Callable[[], AbstractContextManager[Any]]] = []
+    if (trace := TracingContext.try_get()) is not None:
+        found.append(functools.partial(tracing, trace))
+    if (compilation := CompileContext.try_get()) is not None:
+        found.append(functools.partial(compile_context, compilation))
+    return tuple(found)
 
 
 @functools.cache

@@ -28,3 +28,7 @@ class Dump:
         numbered = f"{len(self.written):02d}_{name}"
         (self.folder / numbered).write_text(content)
         self.written.append(numbered)
+
+    def beside(self, name: str) -> Dump:
+        """Return a dump into a folder of that name beside the files of this one."""
+        return Dump(None if self.folder is None else self.folder / name)

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Supported:
-    """Say that the kernel can run the site exactly, and how long the model thinks it takes (seconds)."""
+    """Say that the kernel can run the site exactly, and how long that takes (seconds).
+
+    `tag` is measured or modelled; of a measured time, `error` is the relative error of reading it from the table.
+    """
 
     seconds: float
     tag: str = "modelled"
+    error: float | None = None
 
 
 Answer = Supported | Refusal

@@ -2,7 +2,8 @@
 
 After the plan everything is mechanical: a wrong number is either a wrong plan or a wrong rewrite. Graph breaks cut a model into
 graphs, and the backend sees one at a time: a plan holds a part for each, which a graph finds by the fingerprints of its sites. The
-hash covers the decisions only, so that prose and estimates may improve without invalidating a cache.
+hash covers the decisions only, so that prose and estimates may improve without invalidating a cache. Where a symbolic size decides
+between two kernels, a part holds the choices for both ranges of it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,43 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from effcompile.core.errors import EffError
+from effcompile.core.errors import EffError, unknown
 from effcompile.core.site import Refusal, place
 
 SCHEMA = 2
 
 
+Range = Literal["any", "below", "above"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut the values of a symbolic size in two: `below` is less than `at`, `above` is `at` and more.
+
+    `size` is its name in the shapes of sites (`s27`), `source` the input that has it (`x.size()[1]`).
+    """
+
+    size: str
+    at: int
+    source: str = ""
+
+    def side(self, value: int) -> Range:
+        """Return the range that a value lies in."""
+        return "below" if value < self.at else "above"
+
+    def text(self, side: Range) -> str:
+        """Return `s27 < 812`, `s27 >= 812`, or nothing."""
+        return {"any": "", "below": f"{self.size} < {self.at}", "above": f"{self.size} >= {self.at}"}[side]
+
+
 @dataclass(frozen=True)
 class Choice:
-    """Say what happens at one site for one family; `policy` is a kernel or a spelled policy."""
+    """Say what happens at one site for one family; `policy` is a kernel or a spelled policy.
+
+    `range` is the part of the split size's values for which it happens.
+    """
 
     site: str
     family: str
@@ -30,6 +57,7 @@ class Choice:
     reason: str = ""
     seconds: float | None = None
     tag: str = "modelled"
+    range: Range = "any"
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,7 @@ class GraphPlan:
     training: bool = False
     notes: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    split: Split | None = None
 
     @property
     def identity(self) -> str:
@@ -65,9 +94,24 @@ class GraphPlan:
         return _digest([self.training, sorted(self.fingerprints)])
 
     @property
-    def decisions(self) -> tuple[tuple[str, str, str], ...]:
-        """Return the (site, family, policy) of every choice, sorted."""
-        return tuple(sorted((c.site, c.family, c.policy) for c in self.choices))
+    def decisions(self) -> tuple[tuple[str, ...], ...]:
+        """Return the (site, family, policy, range) of every choice, sorted, and where a size is split."""
+        choices = sorted((c.site, c.family, c.policy, c.range) for c in self.choices)
+        return (*choices, *([("split", self.split.size, str(self.split.at))] if self.split else []))
+
+    def within(self, side: Range) -> GraphPlan:
+        """Return the part with the choices for one range of the split size alone."""
+        return replace(self, choices=tuple(c for c in self.choices if side == "any" or c.range in ("any", side)))
+
+    def policy(self, site: str, family: str) -> str:
+        """Return the policy for a site in words, of both ranges where a size is split."""
+        found = {c.range: c.policy for c in self.choices if c.site == site and c.family == family}
+        if self.split is None or "any" in found:
+            return next(iter(found.values()), "")
+        policies = dict.fromkeys(found.values())
+        if len(policies) == 1:
+            return next(iter(policies))
+        return ", ".join(f"{policy} ({self.split.text(side)})" for side, policy in found.items())
 
     def paths(self, site: str) -> tuple[str, ...]:
         """Return where in the module tree a site of this graph is: one path for every module that it was run for."""
@@ -131,18 +175,32 @@ class Plan:
         """Return the choice for a site and family; ask a plan of one graph, since graphs may share names of sites."""
         return next((c for c in self.choices if c.site == site and c.family == family), None)
 
+    def policy(self, site: str, family: str) -> str:
+        """Return the policy for a site in words, of both ranges where a size is split; ask a plan of one graph."""
+        return next((text for graph in self.graphs if (text := graph.policy(site, family))), "")
+
+    def within(self, side: Range) -> Plan:
+        """Return the plan with the choices for one range of a split size alone, so that `of` finds those."""
+        return replace(self, graphs=tuple(graph.within(side) for graph in self.graphs))
+
+    @property
+    def split(self) -> Split | None:
+        """Return where a symbolic size is split; ask a plan of one graph."""
+        return next((graph.split for graph in self.graphs if graph.split is not None), None)
+
     def passes(self) -> tuple[str, ...]:
         """Return the names of the graph passes that run; ask a plan of one graph."""
         return tuple(c.policy for c in self.choices if c.family == "pass")
 
     def with_choice(self, choice: Choice) -> Plan:
-        """Return the plan with a choice in the place of the one for the same site and family; ask a plan of one graph."""
+        """Return the plan with a choice in the place of those for the same site and family; ask a plan of one graph."""
 
-        def same(old: Choice) -> bool:
-            return (old.site, old.family) == (choice.site, choice.family)
+        def replaced(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+            same = [(old.site, old.family) == (choice.site, choice.family) for old in choices]
+            first = same.index(True) if any(same) else None
+            return tuple(choice if n == first else old for n, old in enumerate(choices) if n == first or not same[n])
 
-        graphs = (replace(g, choices=tuple(choice if same(c) else c for c in g.choices)) for g in self.graphs)
-        return replace(self, graphs=tuple(graphs))
+        return replace(self, graphs=tuple(replace(graph, choices=replaced(graph.choices)) for graph in self.graphs))
 
     def with_notes(self, notes: Iterable[str]) -> Plan:
         """Return the plan with notes added to its last graph."""
@@ -241,7 +299,13 @@ def _graph(raw: Mapping[str, Any]) -> GraphPlan:
         "fingerprints": tuple((str(site), str(digest)) for site, digest in raw["fingerprints"]),
         "notes": tuple(raw["notes"]),
         "places": tuple(raw["places"]),
+        "split": None if raw["split"] is None else Split(**raw["split"]),
     }
+    for choice in fields["choices"]:
+        if choice.range not in get_args(Range):
+            raise unknown("EFF-P503", "range of a choice", choice.range, get_args(Range))
+        if choice.range != "any" and fields["split"] is None:
+            raise ValueError(f"a choice for sizes `{choice.range}` a split, and no split")
     return GraphPlan(**fields)
 
 

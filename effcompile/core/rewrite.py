@@ -72,14 +72,22 @@ class Editor:
         self._shared: dict[Any, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
 
-    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
-        """Insert a call before the current insertion point and compute its fake value."""
+    def call(
+        self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, same: bool = False, **kwargs: Any
+    ) -> fx.Node:
+        """Insert a call before the current insertion point and compute its fake value.
+
+        With `same` the fake value is that of `like`: for a call that replaces one and returns what it returned.
+        """
         node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg((node.args, node.kwargs), _value)
-        with self._mode or nullcontext():
-            node.meta["val"] = target(*values[0], **values[1])
-        if self._mode is not None:
-            compat.forget_fresh_symbols(self._mode)
+        if same and like is not None:
+            node.meta["val"] = like.meta["val"]
+        else:
+            values = fx.node.map_arg((node.args, node.kwargs), _value)
+            with self._mode or nullcontext():
+                node.meta["val"] = target(*values[0], **values[1])
+            if self._mode is not None:
+                compat.forget_fresh_symbols(self._mode)
         if like is not None:
             copy_meta(like, node)
         return node

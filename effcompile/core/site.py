@@ -7,7 +7,7 @@ Dynamo and export agree on it. Its fingerprint says what a plan was made for: st
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from effcompile.core.mask import AnyMask, Mask, Opaque
@@ -90,6 +90,16 @@ class AttentionSite(Site):
     def mask_known(self) -> bool:
         """Tell whether the predicate was proved."""
         return not isinstance(self.mask, Opaque)
+
+
+def shared(site: AttentionSite) -> AttentionSite:
+    """Return the site without what does not change its price, so that equal layers are decided and priced once."""
+    return replace(site, id="", source="", entry="")
+
+
+def is_symbolic(site: AttentionSite) -> bool:
+    """Tell whether a size of the site is a symbol."""
+    return any(isinstance(n, str) for n in (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len))
 
 
 @dataclass(frozen=True)

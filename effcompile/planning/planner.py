@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from effcompile.core.errors import ContractError
 from effcompile.core.kernel import Answer, Supported
-from effcompile.core.plan import Choice, Decline, Plan
+from effcompile.core.mask import Mask
+from effcompile.core.plan import Choice, Decline, Plan, Range, Split
 from effcompile.core.policy import DENSE_LAYER, RAISED, Kernels, Policy, Proposal
-from effcompile.core.site import AttentionSite, Missed, Refusal
+from effcompile.core.site import AttentionSite, Missed, Refusal, shared
+from effcompile.core.sizes import Size
 from effcompile.core.target import Target
+from effcompile.planning.ranges import Decision, Group, Kind, Priced, decide
 
 KERNEL = "attention-kernel"
+MARGIN = 0.04  # of the time of the source's own kernel: timings of one kernel differ by about that
 
 
 @dataclass(frozen=True)
@@ -24,82 +28,135 @@ class PassChoice:
     asked: bool = False
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """Hold what prices depend on besides the site.
+
+    With `training`, only kernels and policies through which gradients flow are asked. `sizes` are the graph's symbolic
+    sizes, `others` the seconds of the rest of the graph at given values of them.
+    """
+
+    target: Target
+    kernels: Kernels
+    training: bool = False
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    others: Callable[[Mapping[str, int]], float] = lambda values: 0.0
+
+
 def make_plan(
     sites: Sequence[AttentionSite],
     missed: Sequence[Missed],
-    target: Target,
-    kernels: Kernels,
+    given: Circumstances,
     passes: Sequence[PassChoice],
     *,
     policy: Policy | None = None,
-    training: bool = False,
 ) -> Plan:
-    """Return the plan for one target. With `training`, only kernels and policies through which gradients flow are asked."""
+    """Return the plan of one graph."""
     choices: list[Choice] = []
     declined: list[Decline] = []
+    kinds: dict[str, Kind] = {}
     for site in sites:
         taken: Policy | None = None
         density = 1.0
         if policy is not None:
-            proposal = propose(policy, site, target, kernels, training)
+            proposal = propose(policy, site, given)
             if isinstance(proposal, Refusal):
                 declined.append(Decline(site.id, policy.family, policy.spelled, proposal, site.source))
             else:
                 taken, density = policy.settled(), proposal.density
                 reason = f"density {density:.3g} of the pairs that {site.mask} keeps"
                 choices.append(Choice(site.id, taken.family, taken.spelled, reason, proposal.seconds, proposal.tag))
-        choice, refused = choose_kernel(site, taken, density, target, kernels, training)
-        choices.append(choice)
-        declined.extend(refused)
+        kinds[site.id] = kind_of(site, taken, density)
+        declined.extend(_declined(site, kinds[site.id], given))
+    made, split, note = choose_kernels(kinds, given)
+    choices.extend(made)
     for item in missed:
         declined.append(Decline(item.site.id, "attention", "raise", item.refusal, item.site.source))
-    for made in passes:
-        if made.refusal is None:
-            choices.append(Choice("graph", "pass", made.name))
+    for each in passes:
+        if each.refusal is None:
+            choices.append(Choice("graph", "pass", each.name))
         else:
-            declined.append(Decline("graph", "pass", made.name, made.refusal))
-    prints = tuple(sorted((site.id, site.fingerprint) for site in sites))
-    return Plan.single(str(target), choices, declined=tuple(declined), fingerprints=prints, training=training)
+            declined.append(Decline("graph", "pass", each.name, each.refusal))
+    return Plan.single(
+        str(given.target),
+        choices,
+        declined=tuple(declined),
+        fingerprints=tuple(sorted((site.id, site.fingerprint) for site in sites)),
+        training=given.training,
+        notes=(f"attention: {note}",) if note else (),
+        split=split,
+    )
 
 
-def propose(policy: Policy, site: AttentionSite, target: Target, kernels: Kernels, training: bool) -> Proposal:
-    """Ask a policy about a site; with `training` one through which no gradient flows refuses."""
-    if training and (why := policy.gradient(site)) is not None:
+def propose(policy: Policy, site: AttentionSite, given: Circumstances) -> Proposal:
+    """Ask a policy about a site; in training one through which no gradient flows refuses."""
+    if given.training and (why := policy.gradient(site)) is not None:
         return why
-    return policy.propose(site, target, kernels)
+    return policy.propose(site, given.target, given.kernels)
 
 
-def choose_kernel(
-    site: AttentionSite, policy: Policy | None, density: float, target: Target, kernels: Kernels, training: bool
-) -> tuple[Choice, list[Decline]]:
-    """Return the cheapest kernel for a site as its policy leaves it, and the refusals of the others."""
-    seen = site if policy is None else policy.narrowed(site)
-    answers: list[tuple[float, str, Supported]] = []
-    declined: list[Decline] = []
-    for name, answer in ask_kernels(seen, policy, density, target, kernels, training):
-        if isinstance(answer, Supported):
-            answers.append((answer.seconds, name, answer))
-        else:
-            declined.append(Decline(site.id, KERNEL, name, answer, site.source))
-    assert answers, f"no kernel runs {site}"
-    answers.sort(key=lambda item: item[:2])
-    _, name, best = answers[0]
-    others = ", ".join(f"{other} {seconds * 1e3:.3g} ms" for seconds, other, _ in answers[1:])
-    reason = f"mask {seen.mask}" + (f"; next {others}" if others else "")
-    return Choice(site.id, KERNEL, name, reason, best.seconds, best.tag), declined
+def kind_of(site: AttentionSite, policy: Policy | None, density: float = 1.0) -> Kind:
+    """Return a site as its policy leaves it, without what does not change its price."""
+    if policy is None:
+        return Kind(shared(site), RAISED, 1.0, source_kernel(site))
+    return Kind(shared(policy.narrowed(site)), policy.op, density, "")
 
 
-def ask_kernels(
-    seen: AttentionSite, policy: Policy | None, density: float, target: Target, kernels: Kernels, training: bool
-) -> Iterator[tuple[str, Answer]]:
-    """Yield the answer of every kernel that lowers what the policy leaves at a site."""
-    if policy is not None and policy.op != RAISED:
-        for sparse in kernels.of(policy.op):
-            yield sparse.name, sparse.supports(seen, target, density)
+def source_kernel(site: AttentionSite) -> str:
+    """Return the kernel that runs a site as its source spells it."""
+    if not site.idiom.startswith("sdpa"):
+        return "math"
+    return "sdpa" if isinstance(site.mask, Mask) and site.mask.is_full else "dense"
+
+
+def ask_kernels(kind: Kind, seen: AttentionSite, given: Circumstances) -> Iterator[tuple[str, Answer]]:
+    """Yield the answer of every kernel that lowers what the policy leaves; `seen` is the site, perhaps at other sizes."""
+    if kind.op != RAISED:
+        for sparse in given.kernels.of(kind.op):
+            yield sparse.name, sparse.supports(seen, given.target, kind.density)
         return
-    for kernel in kernels.exact:
-        why = kernel.gradient(seen) if training else None
-        yield kernel.name, why or kernel.supports(seen, target)
+    for kernel in given.kernels.exact:
+        why = kernel.gradient(seen) if given.training else None
+        yield kernel.name, why or kernel.supports(seen, given.target)
+
+
+def _declined(site: AttentionSite, kind: Kind, given: Circumstances) -> Iterator[Decline]:
+    for name, answer in ask_kernels(kind, kind.site, given):
+        if isinstance(answer, Refusal):
+            yield Decline(site.id, KERNEL, name, answer, site.source)
+
+
+def choose_kernels(kinds: Mapping[str, Kind], given: Circumstances) -> tuple[list[Choice], Split | None, str]:
+    """Return the kernel of every site, by id, where a size is split, and why it is not; equal sites are decided once."""
+    counts: dict[Kind, int] = {}
+    for kind in kinds.values():
+        counts[kind] = counts.get(kind, 0) + 1
+
+    def ask(kind: Kind, seen: AttentionSite) -> dict[str, Supported]:
+        return {name: found for name, found in ask_kernels(kind, seen, given) if isinstance(found, Supported)}
+
+    found = decide(counts, ask, MARGIN, given.sizes, given.others, two=not given.training)
+    made: dict[Kind, tuple[Choice, ...]] = {}
+    for group, below, above in zip(found.groups, found.below, found.above, strict=True):
+        sides: dict[Range, Priced] = {"any": below} if below is above else {"below": below, "above": above}
+        made[group.kind] = tuple(_choice(group, curve, side, found, given) for side, curve in sides.items())
+    choices = [replace(choice, site=site) for site, kind in kinds.items() for choice in made[kind]]
+    return choices, found.split, found.note
+
+
+def _choice(group: Group, curve: Priced, side: Range, found: Decision, given: Circumstances) -> Choice:
+    """Return the choice for one range, priced at the length that the graph was traced with, or at the nearest in range."""
+    length, where = curve.lengths[0], ""
+    if group.symbol is not None:
+        length = given.sizes[group.symbol].hint
+        if found.split is not None and side != "any" and found.split.side(length) != side:
+            length = max(1, found.split.at - 1) if side == "below" else found.split.at
+        where = f" at {group.symbol} = {length}"
+    others = sorted((other.at(length), other.name) for other in group.curves if other is not curve)
+    answer = curve.answer(length)
+    following = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for seconds, name in others)
+    reason = f"mask {group.kind.site.mask}{where}" + (f"; next {following}" if following else "")
+    return Choice("", KERNEL, curve.name, reason, answer.seconds, answer.tag, side)
 
 
 def keep_contract(

@@ -7,17 +7,20 @@ changes its mind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import bisect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from effcompile.core.errors import EffError
 from effcompile.core.kernel import AttentionKernel, Supported
 from effcompile.core.program import Entry
-from effcompile.core.site import AttentionSite
+from effcompile.core.site import AttentionSite, shared
 from effcompile.core.target import Device, Target
 from effcompile.cost.crossover import Crossover, measured_crossover
 from effcompile.cost.roofline import bottleneck, time
@@ -94,9 +97,27 @@ def crossovers(site: AttentionSite, kernels: Sequence[AttentionKernel], target: 
         if len(lengths) < 2:
             continue
         where = measured_crossover(lengths, [base[n].seconds for n in lengths], [other[n].seconds for n in lengths])
-        tags = {base[n].tag for n in lengths} | {other[n].tag for n in lengths}
-        found.append(Pays(name, against, replace(where, tag="measured" if tags == {"measured"} else "modelled")))
+        found.append(Pays(name, against, _tagged(where, base, other, lengths)))
     return tuple(found)
+
+
+def _tagged(
+    where: Crossover, base: Mapping[int, Supported], other: Mapping[int, Supported], lengths: Sequence[int]
+) -> Crossover:
+    """Call a crossover measured where the times on both sides of each of its ends are, and give it their error."""
+    ends = {end for interval in where.intervals for end in interval} - {where.lo, where.hi}
+    near = {n for end in ends for n in _around(end, lengths)} or set(lengths)
+    answers = [times[n] for n in near for times in (base, other)]
+    if {answer.tag for answer in answers} != {"measured"}:
+        return replace(where, tag="modelled")
+    errors = [max(times[n].error or 0.0 for n in near) for times in (base, other)]
+    return replace(where, tag="measured", fit_error=math.hypot(*errors))
+
+
+def _around(length: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the examined lengths on both sides of one."""
+    right = min(max(1, bisect.bisect_left(lengths, length)), len(lengths) - 1)
+    return lengths[right - 1], lengths[right]
 
 
 def _times(kernel: AttentionKernel, site: AttentionSite, target: Target) -> dict[int, Supported]:
@@ -110,14 +131,21 @@ def _at(site: AttentionSite, length: int) -> AttentionSite:
     return replace(site, kv_len=length)
 
 
-def products(entry: Entry, device: Device) -> float:
+def products(entry: Entry, device: Device, values: Mapping[str, int] | None = None) -> float:
     """Return the roofline time of all products with a weight in a captured graph (seconds, modelled).
 
-    Products of two activations are attention's, which its sites price.
+    `values` are those of symbolic sizes; a size that has none is `NOMINAL`. Products of two activations are attention's,
+    which its sites price.
     """
     weights = {item.node for item in entry.inputs if item.kind in ("parameter", "packed")}
     nodes = entry.graph.graph.nodes
-    return sum(_product(node, device) for node in nodes if _name(node) in _PRODUCTS and _has_weight(node, weights))
+    shapes = Counter(
+        shape
+        for node in nodes
+        if _name(node) in _PRODUCTS and _has_weight(node, weights)
+        if (shape := _shape(node, values or {})) is not None
+    )
+    return sum(count * _product(*shape, device) for shape, count in shapes.items())
 
 
 def _name(node: fx.Node) -> str:
@@ -140,37 +168,32 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-def _product(node: fx.Node, device: Device) -> float:
-    """Price `[..., m, k] @ [k, n]` from the recorded shapes; batched products run as one call."""
-    values = [arg.meta.get("val") for arg in node.args if isinstance(arg, fx.Node)]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+def _shape(node: fx.Node, values: Mapping[str, int]) -> tuple[int, int, int, str, int] | None:
+    """Return rows, columns, depth, dtype and bytes an element of `[..., m, k] @ [k, n]`, from the recorded shapes."""
+    recorded = [arg.meta.get("val") for arg in node.args if isinstance(arg, fx.Node)]
+    tensors = [value for value in recorded if isinstance(value, torch.Tensor)]
     out = node.meta.get("val")
     left = tensors[1] if _name(node) in ("addmm", "baddbmm") and len(tensors) > 1 else tensors[0] if tensors else None
     if left is None or not isinstance(out, torch.Tensor) or not out.dtype.is_floating_point or not out.dim():
-        return 0.0
-    depth, columns = _number(left.shape[-1]), _number(out.shape[-1])
-    rows = _volume(out.shape) // max(columns, 1)
-    dtype = str(out.dtype).removeprefix("torch.")
-    try:
-        return float(time(gemm(rows, columns, depth, element_bytes=out.element_size()), device, dtype))
-    except EffError:  # no units for this dtype: the chip computes it in float32
-        return float(time(gemm(rows, columns, depth, element_bytes=out.element_size()), device, "float32"))
+        return None
+    depth, columns = _number(left.shape[-1], values), _number(out.shape[-1], values)
+    rows = math.prod(_number(size, values) for size in out.shape[:-1])
+    return rows, columns, depth, str(out.dtype).removeprefix("torch."), out.element_size()
 
 
-def _number(size: Any) -> int:
-    return size if isinstance(size, int) else NOMINAL
+def _product(rows: int, columns: int, depth: int, dtype: str, width: int, device: Device) -> float:
+    """Price a product; batched products run as one call."""
+    word = dtype if device.supports(dtype) else "float32"  # no units for this dtype: the chip computes it in float32
+    return float(time(gemm(rows, columns, depth, element_bytes=width), device, word))
 
 
-def _volume(shape: Iterable[Any]) -> int:
-    total = 1
-    for size in shape:
-        total *= _number(size)
-    return total
-
-
-def shared(site: AttentionSite) -> AttentionSite:
-    """Return the site without what does not change its price, so that equal layers are priced once."""
-    return replace(site, id="", source="", entry="")
+def _number(size: Any, values: Mapping[str, int]) -> int:
+    """Return a size, with values put for its symbols."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    found = expr.xreplace({s: sympy.Integer(values[str(s)]) for s in expr.free_symbols if str(s) in values})
+    return int(found) if found.is_Integer else NOMINAL
 
 
 def once(compute: Callable[[AttentionSite], Any]) -> Callable[[AttentionSite], Any]:

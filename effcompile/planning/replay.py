@@ -6,24 +6,30 @@ A plan is a file that a person may edit, so a choice is only followed where the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from effcompile.core.errors import EffError, unknown
-from effcompile.core.plan import Plan
-from effcompile.core.policy import Kernels, Policy
+from effcompile.core.plan import Plan, Range
+from effcompile.core.policy import Policy
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.target import Target
-from effcompile.planning.planner import KERNEL, PassChoice, ask_kernels, choose_kernel, propose
+from effcompile.planning.planner import (
+    KERNEL,
+    Circumstances,
+    PassChoice,
+    ask_kernels,
+    choose_kernels,
+    kind_of,
+    propose,
+)
+from effcompile.planning.ranges import Kind
 
 
 def replayed(
     plan: Plan,
     sites: Sequence[AttentionSite],
-    target: Target,
-    kernels: Kernels,
+    given: Circumstances,
     passes: Sequence[PassChoice],
     policies: Mapping[str, Policy],
-    *,
-    training: bool = False,
 ) -> Plan:
     """Return the part of a plan for one graph; `policies` are those that it names, by site.
 
@@ -33,34 +39,41 @@ def replayed(
     Raises EFF-P501 where the plan has no graph with these sites, EFF-P506 where a choice names a kernel or pass that
     is not there, that cannot run the site exactly on this target, or that the options leave out, or a policy that refuses the site.
     """
-    part = plan.part({site.id: site.fingerprint for site in sites}, training)
-    sparse = {kernel.name for kernel in kernels.sparse}
-    known = {kernel.name for kernel in kernels.exact} | sparse
+    part = plan.part({site.id: site.fingerprint for site in sites}, given.training)
     for site in sites:
         policy, density = policies.get(site.id), 1.0
         if policy is not None:
-            proposal = propose(policy, site, target, kernels, training)
+            proposal = propose(policy, site, given)
             if isinstance(proposal, Refusal):
                 raise _refused(policy.spelled, site, proposal)
             density = proposal.density
-        choice = part.of(site.id, KERNEL)
-        if choice is None:
-            raise EffError(
-                "EFF-P506", "the plan has no kernel for it", site=site.id, hint="eff plan MODEL -o plan.json"
-            )
-        if choice.policy not in known:
-            raise unknown("EFF-P506", "kernel in the plan", choice.policy, known, hint="eff show plan.json")
-        seen = site if policy is None else policy.narrowed(site)
-        answers = dict(ask_kernels(seen, policy, density, target, kernels, training))
-        why = answers.get(choice.policy, Refusal("EFF-A506", "it does not lower what the policy of the site inserts"))
-        if isinstance(why, Refusal):
-            if policy is None and choice.policy not in sparse:
-                raise _refused(choice.policy, site, why)
-            better, _ = choose_kernel(site, policy, density, target, kernels, training)
-            part = part.with_choice(better).with_notes((f"{site.id}: {better.policy}, not {choice.policy}: {why}",))
-    _check_sites(part, sites)
+        for side in _sides(part):
+            part = _checked(part, site, side, kind_of(site, policy, density), given, policy is not None)
+    _check_sites(part, sites, given)
     _check_passes(part, passes)
     return part
+
+
+def _checked(part: Plan, site: AttentionSite, side: Range, kind: Kind, given: Circumstances, edited: bool) -> Plan:
+    """Return the part where its kernel runs the site; one with another kernel where a policy was `edited`, else raise."""
+    sparse = {kernel.name for kernel in given.kernels.sparse}
+    known = {kernel.name for kernel in given.kernels.exact} | sparse
+    choice = part.within(side).of(site.id, KERNEL)
+    if choice is None:
+        where = "" if part.split is None else f" where {part.split.text(side)}"
+        raise EffError(
+            "EFF-P506", f"the plan has no kernel for it{where}", site=site.id, hint="eff plan MODEL -o plan.json"
+        )
+    if choice.policy not in known:
+        raise unknown("EFF-P506", "kernel in the plan", choice.policy, known, hint="eff show plan.json")
+    answers = dict(ask_kernels(kind, kind.site, given))
+    why = answers.get(choice.policy, Refusal("EFF-A506", "it does not lower what the policy of the site inserts"))
+    if not isinstance(why, Refusal):
+        return part
+    if not edited and choice.policy not in sparse:
+        raise _refused(choice.policy, site, why)
+    (better,), _, _ = choose_kernels({site.id: kind}, replace(given, sizes={}))
+    return part.with_choice(better).with_notes((f"{site.id}: {better.policy}, not {choice.policy}: {why}",))
 
 
 def _check_passes(part: Plan, passes: Sequence[PassChoice]) -> None:
@@ -90,13 +103,22 @@ def _refused(name: str, site: AttentionSite, why: Refusal) -> EffError:
     )
 
 
-def _check_sites(part: Plan, sites: Sequence[AttentionSite]) -> None:
-    """Refuse a second choice for a site, and one for a site that is not there: neither would be followed."""
-    ids = [(choice.family, choice.site) for choice in part.choices if choice.family != "pass"]
+def _check_sites(part: Plan, sites: Sequence[AttentionSite], given: Circumstances) -> None:
+    """Refuse a second choice for a site, and one for a site or size that is not there: none would be followed."""
+    if part.split is not None and given.training:
+        raise EffError("EFF-P506", "the plan splits a size, which needs two graphs: not where gradients flow")
+    if part.split is not None and part.split.size not in given.sizes:
+        raise unknown("EFF-P506", "size that the plan splits", part.split.size, given.sizes)
     known = {site.id for site in sites}
-    for number, (family, name) in enumerate(ids):
-        if name not in known:
-            raise unknown("EFF-P506", "site in a choice of the plan", name, known)
-        if (family, name) in ids[:number]:
-            what = "kernels" if family == KERNEL else "policies"
-            raise EffError("EFF-P506", f"the plan has two {what} for it", site=name)
+    for side in _sides(part):
+        ids = [(choice.family, choice.site) for choice in part.within(side).choices if choice.family != "pass"]
+        for number, (family, name) in enumerate(ids):
+            if name not in known:
+                raise unknown("EFF-P506", "site in a choice of the plan", name, known)
+            if (family, name) in ids[:number]:
+                what = "kernels" if family == KERNEL else "policies"
+                raise EffError("EFF-P506", f"the plan has two {what} for it", site=name)
+
+
+def _sides(part: Plan) -> tuple[Range, ...]:
+    return ("any",) if part.split is None else ("below", "above")

@@ -11,7 +11,7 @@ from torch import fx
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.expr import TRUE
 from effcompile.core.expr_eval import to_json
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
@@ -43,7 +43,7 @@ class SdpaBlocked(AttentionKernel):
             return Refusal("EFF-A204", "its rule for rows without keys is not one of this kernel's")
         if site.q_len == 1:
             return Refusal("EFF-A206", "one query: a mask of one row costs nothing")
-        return Supported(estimate.seconds("blocked", site, target, estimate.density(site)))
+        return estimate.price("blocked", site, target, estimate.density(site))
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the op."""

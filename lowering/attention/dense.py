@@ -9,7 +9,7 @@ from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.errors import RewriteError
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
@@ -34,7 +34,7 @@ class SdpaDense(AttentionKernel):
             return Refusal("EFF-A204", "a row without keys is NaN in the source and 0 in SDPA")
         if isinstance(site.mask, Mask) and site.mask.is_full:
             return Refusal("EFF-A203", "there is no mask")
-        return Supported(estimate.seconds("dense", site, target, 1.0))
+        return estimate.price("dense", site, target, 1.0)
 
     def gradient(self, site: AttentionSite) -> Refusal | None:
         """Refuse chains with rows without keys: SDPA's backward recomputes exp(score - LSE), and there LSE rounds to the fill."""

@@ -1,22 +1,21 @@
 """Estimate how long an attention kernel takes on a target.
 
-Work comes from the symbolic cost model, efficiency from the table measured by `eff bench attention-table` where it covers the
-target, else from the model's assumption. Symbolic sizes are priced at `NOMINAL`.
+The work is what the mask leaves. Its rate comes from the table that `eff bench attention-table` measured (`rates.py`) where that
+covers the target and the site, which makes the answer `measured`; elsewhere from the nearest measured curve or an assumed share of
+the target's GEMM rate, which makes it `modelled`. Symbolic sizes are priced at `NOMINAL`.
 """
 
 from __future__ import annotations
 
-import functools
-
-from effcompile.core.expr import FALSE, KEY, QUERY, TRUE, Expr, axes_of
-from effcompile.core.intervals import block_bounds
-from effcompile.core.mask import Mask
+from effcompile.core.density import extent, visited
+from effcompile.core.expr import Expr, const
+from effcompile.core.kernel import Supported
+from effcompile.core.mask import Mask, causal_offset, document_slot, key_padding_slot, window_left
 from effcompile.core.site import AttentionSite
 from effcompile.core.target import Target
+from effcompile.lowering.rates import Curve, Rates, rates_of, table
 
-NOMINAL = 1024
-# Fraction of the machine's GEMM rate that each kernel reaches on its visited blocks, measured on CPU (fp32, bf16) at head
-# dimension 64 and 1k to 4k tokens: bench/results/attention-table.json.
+# Where nothing was measured (GPUs, and kernels that the table lacks): the share of the GEMM rate in float32 and in half precision.
 _RATE = {
     "sdpa": (0.62, 0.34),
     "sdpa-causal": (0.60, 0.30),
@@ -28,48 +27,96 @@ _RATE = {
     "math": (0.20, 0.10),
 }
 _CALL = {"padded": 4e-5, "blocked": 6e-5, "flex": 3e-5, "math": 6e-5}  # seconds a call costs apart from its work
-
-
-def extent(value: int | str) -> int:
-    """Return a size, or the nominal one for a symbolic size."""
-    return value if isinstance(value, int) else NOMINAL
+_OTHER = 1e-5
+_NEAREST = {"float16": "bfloat16", "float64": "float32"}  # the measured dtype whose rate stands in
 
 
 def density(site: AttentionSite, block: tuple[int, int] = (256, 64)) -> float:
     """Return the share of blocks that a block-skipping kernel visits; tensors of data are taken to keep everything."""
     if not isinstance(site.mask, Mask):
         return 1.0
-    return _density(site.mask.keep, extent(site.q_len), extent(site.kv_len), block)
+    return visited(site.mask.keep, extent(site.q_len), extent(site.kv_len), block)
 
 
-@functools.lru_cache(maxsize=256)
-def _density(keep: Expr, rows: int, columns: int, block: tuple[int, int]) -> float:
-    import torch
-
-    static = _without_data(keep)
-    if static in (TRUE, FALSE):
-        return 1.0
-    _, some = block_bounds(static, (1, 1, rows, columns), block, [], [], torch.device("cpu"))
-    return float(some.float().mean())
+def seconds(kind: str, site: AttentionSite, target: Target, share: float) -> float:
+    """Return the time of one call that visits a `share` of all pairs."""
+    return price(kind, site, target, share).seconds
 
 
-def _without_data(expr: Expr) -> Expr:
-    """Drop the conditions that read tensors or symbolic sizes."""
-    from effcompile.core.expr import apply, walk
-
-    if expr.op == "and":
-        total = TRUE
-        for part in expr.args:
-            total = apply("and", total, _without_data(part))
-        return total
-    reads = any(node.op in ("load", "size") for node in walk(expr)) or not axes_of(expr) & {QUERY, KEY}
-    return TRUE if reads else expr
-
-
-def seconds(kind: str, site: AttentionSite, target: Target, visited: float) -> float:
-    """Return the modelled time of one call that visits `visited` of all pairs."""
+def price(kind: str, site: AttentionSite, target: Target, share: float) -> Supported:
+    """Return the time of one call that visits a `share` of all pairs, measured where the table covers the site."""
     pairs = extent(site.batch) * extent(site.heads) * extent(site.q_len) * extent(site.kv_len)
-    flops = 2.0 * pairs * (site.head_dim + site.value_dim) * visited
-    half = site.dtype in ("bfloat16", "float16")
+    flops = 2.0 * pairs * (site.head_dim + site.value_dim) * share
     peak = target.device.peak(site.dtype if target.device.supports(site.dtype) else "float32")
-    return flops / (peak * _RATE[kind][half]) + _CALL.get(kind, 1e-5)
+    mine = rates_of(target.device)
+    stand_in = mine or (next(iter(table().values()), None) if target.device.kind == "cpu" else None)
+    dtype = _NEAREST.get(site.dtype, site.dtype)
+    found = None if stand_in is None else _curve(stand_in, kind, dtype, site)
+    if stand_in is None or found is None:
+        half = site.dtype in ("bfloat16", "float16")
+        return Supported(flops / (peak * _RATE[kind][half]) + _CALL.get(kind, _OTHER))
+    curve, exact = found
+    length = min(extent(site.q_len), extent(site.kv_len)) if extent(site.q_len) > 1 else extent(site.kv_len)
+    rate = peak * stand_in.gemm[dtype] * curve.share(length, site.head_dim)
+    time = curve.call + flops / rate
+    known = mine is not None and exact and dtype == site.dtype and curve.covers(length, site.head_dim)
+    if known and _measurable(site):
+        return Supported(time, "measured", curve.error)
+    return Supported(time)
+
+
+def _measurable(site: AttentionSite) -> bool:
+    """Tell whether the table has sites of this kind: square or of one query, all sizes known, equal head dimensions."""
+    sizes = (site.batch, site.heads, site.kv_heads, site.q_len, site.kv_len)
+    square = site.q_len == site.kv_len or site.q_len == 1
+    plain = not site.softcap and not site.sinks and not (isinstance(site.mask, Mask) and site.mask.bias is not None)
+    return square and plain and site.head_dim == site.value_dim and all(isinstance(size, int) for size in sizes)
+
+
+def _curve(rates: Rates, kind: str, dtype: str, site: AttentionSite) -> tuple[Curve, bool] | None:
+    """Return the curve of the site's form, or that of the nearest measured one, and whether it is the site's own."""
+    own = form(site)
+    if kind == "math" and own not in (None, "full", "decode", "decode-mask"):
+        own = "causal"  # it reads any mask as a tensor
+    for name in (own, *_fallback(site)):
+        if name is not None and (curve := rates.curve(kind, dtype, name)) is not None:
+            return curve, name == own
+    return None
+
+
+def form(site: AttentionSite) -> str | None:
+    """Return the form of a mask in the table's words (`causal`, `window`, ...), or None where it has none like it.
+
+    What reads the mask as a tensor does not care what is in it, so that any opaque mask counts as `causal`.
+    """
+    if site.q_len == 1:
+        return "decode" if isinstance(site.mask, Mask) and site.mask.is_full else "decode-mask"
+    if not isinstance(site.mask, Mask):
+        return "causal"
+    if site.mask.is_full:
+        return "full"
+    words = sorted(map(_word, site.mask.parts()))
+    known = {
+        ("causal",): "causal",
+        ("causal", "window"): "window",
+        ("padding",): "padding",
+        ("causal", "padding"): "causal-padding",
+        ("causal", "documents"): "documents",
+    }
+    return known.get(tuple(words))
+
+
+def _word(part: Expr) -> str:
+    if causal_offset(part) == const(0):
+        return "causal"
+    if window_left(part) is not None:
+        return "window"
+    if key_padding_slot(part) is not None:
+        return "padding"
+    return "documents" if document_slot(part) is not None else "other"
+
+
+def _fallback(site: AttentionSite) -> tuple[str, ...]:
+    if site.q_len == 1:
+        return ("decode-mask", "decode", "causal", "full")
+    return ("window", "causal", "full", "padding") if density(site) < 0.3 else ("causal", "full", "padding")

@@ -19,9 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.core import compat
 from effcompile.core.attention_call import AttentionCall
+from effcompile.core.density import extent
 from effcompile.core.expr import TRUE
 from effcompile.core.expr_eval import evaluate, to_json
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask
 from effcompile.core.rewrite import Editor, fake_mode_of
 from effcompile.core.site import AttentionSite, Refusal
@@ -59,10 +60,10 @@ class Flex(AttentionKernel):
             return Refusal("EFF-A211", why, "compile with dynamic=False")
         if on_cpu and mask.bias is not None and _operations(mask) > CHEAP:
             return Refusal("EFF-A212", f"{_operations(mask)} operations a score cost more than reading the bias tensor")
-        if on_cpu and (site.q_len == 1 or estimate.extent(site.kv_len) < BLOCK):
+        if on_cpu and (site.q_len == 1 or extent(site.kv_len) < BLOCK):
             return Refusal("EFF-A206", "shorter than one block")
         visited = estimate.density(site, (BLOCK, BLOCK))
-        return Supported(estimate.seconds("flex", site, target, visited))
+        return estimate.price("flex", site, target, visited)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the block map (once per mask) and the higher-order op."""

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
@@ -28,7 +28,7 @@ class Math(AttentionKernel):
         """Answer for every spelled-out chain; an SDPA call has its own fallback."""
         if site.idiom.startswith("sdpa"):
             return Refusal("EFF-A208", "the source is SDPA, which the dense kernel keeps")
-        return Supported(estimate.seconds("math", site, target, 1.0))
+        return estimate.price("math", site, target, 1.0)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the chain."""

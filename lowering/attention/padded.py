@@ -10,7 +10,7 @@ from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.expr import TRUE, const
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask, causal_offset, key_padding_slot
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
@@ -47,7 +47,7 @@ class SdpaPadded(AttentionKernel):
         if site.q_len == 1:
             return Refusal("EFF-A206", "one query: a mask of one row costs nothing")
         visited = ASSUMED_FILL**2 * (0.5 if causal else 1.0)
-        return Supported(estimate.seconds("padded", site, target, visited))
+        return estimate.price("padded", site, target, visited)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the op; the padding row is read from the mask's own operand."""

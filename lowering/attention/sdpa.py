@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.expr import const
-from effcompile.core.kernel import Answer, AttentionKernel, Supported
+from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask, causal_offset
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
@@ -37,7 +37,7 @@ def is_square_causal(site: AttentionSite) -> bool:
 
 def emit_sdpa(edit: Editor, call: AttentionCall, mask: fx.Node | None, causal: bool) -> fx.Node:
     """Insert the SDPA call."""
-    kwargs: dict[str, object] = {"scale": call.scale}
+    kwargs: dict[str, Any] = {"scale": call.scale}
     if call.grouped:
         kwargs["enable_gqa"] = True
     op = torch.ops.aten.scaled_dot_product_attention.default
@@ -57,7 +57,7 @@ class SdpaFull(AttentionKernel):
             return refusal
         if not isinstance(site.mask, Mask) or not site.mask.is_full:
             return Refusal("EFF-A203", "the mask is not full")
-        return Supported(estimate.seconds("sdpa", site, target, 1.0))
+        return estimate.price("sdpa", site, target, 1.0)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert SDPA without a mask."""
@@ -77,7 +77,7 @@ class SdpaCausal(AttentionKernel):
             return refusal
         if not is_square_causal(site):
             return Refusal("EFF-A203", "the mask is not causal over equal lengths")
-        return Supported(estimate.seconds("sdpa-causal", site, target, 0.5))
+        return estimate.price("sdpa-causal", site, target, 0.5)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert causal SDPA."""

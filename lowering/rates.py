@@ -1,0 +1,148 @@
+"""Look up how fast kernels were on a CPU: the tables that `eff bench attention-table linear-table --install` condensed.
+
+`rates.json` holds, for each family of CPUs, kernel, dtype and form of the mask, the share of the machine's GEMM rate that an
+attention kernel reaches on the pairs that it visits, at some lengths; between them the share is a power law of the length. The head
+dimension enters as a factor, measured at one length. A call takes `call + work / (share x GEMM rate)` seconds. Of linear layers it
+holds how many times as fast as torch's own the one on oneDNN is, at some numbers of rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from effcompile.core.target import Device
+
+SCHEMA = 1
+FILE = "rates.json"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Hold one kernel, dtype and form of the mask: shares of the GEMM rate at lengths, factors at head dimensions.
+
+    `call` is seconds that a call costs apart from its work; `error` the relative RMS error of times read from the curve
+    at lengths left out of it.
+    """
+
+    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
+    head_dims: tuple[int, ...]
+    factors: tuple[float, ...]
+    call: float
+    error: float
+
+    def covers(self, length: float, head_dim: int) -> bool:
+        """Tell whether a length and a head dimension lie between measured ones."""
+        return self.lengths[0] <= length <= self.lengths[-1] and self.head_dims[0] <= head_dim <= self.head_dims[-1]
+
+    def share(self, length: float, head_dim: int) -> float:
+        """Return the share of the GEMM rate; beyond the measured lengths and dimensions that of the nearest."""
+        return power_law(self.lengths, self.shares, length) * power_law(self.head_dims, self.factors, head_dim)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, rounded to what a measurement means."""
+        return {
+            "lengths": list(self.lengths),
+            "shares": [float(f"{share:.3g}") for share in self.shares],
+            "head_dims": list(self.head_dims),
+            "factors": [float(f"{factor:.3g}") for factor in self.factors],
+            "call": float(f"{self.call:.2g}"),
+            "error": float(f"{self.error:.2g}"),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Curve:
+        """Build a curve from `to_json`'s value."""
+        lists = {name: tuple(data[name]) for name in ("lengths", "shares", "head_dims", "factors")}
+        return cls(**lists, call=float(data["call"]), error=float(data["error"]))
+
+
+@dataclass(frozen=True)
+class LinearGain:
+    """Hold how many times as fast oneDNN's linear layer is as torch's own, at numbers of rows, for one layer's widths."""
+
+    inputs: int
+    outputs: int
+    rows: tuple[int, ...]
+    gains: tuple[float, ...]
+
+    def at(self, rows: int) -> float:
+        """Return the gain at a number of rows; beyond the measured ones that of the nearest."""
+        return power_law(self.rows, self.gains, rows)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Hold the curves of one family of CPUs, by (kernel, dtype, form), its GEMM rates, and gains of linear layers by dtype.
+
+    `gemm` is, by dtype, the share of the modelled peak that the machine's own GEMM reached; `about` says when, on what
+    and with which torch it was measured.
+    """
+
+    family: str
+    gemm: Mapping[str, float]
+    curves: Mapping[tuple[str, str, str], Curve]
+    linear: Mapping[str, tuple[LinearGain, ...]]
+    about: str
+
+    def linear_gain(self, rows: int, inputs: int, outputs: int, dtype: str) -> float | None:
+        """Return the gain of the measured layer whose widths are nearest by ratio, or None where none was measured."""
+
+        def distance(layer: LinearGain) -> float:
+            return abs(math.log(inputs / layer.inputs)) + abs(math.log(outputs / layer.outputs))
+
+        layers = self.linear.get(dtype)
+        return min(layers, key=distance).at(rows) if layers and inputs and outputs else None
+
+    def curve(self, kernel: str, dtype: str, form: str) -> Curve | None:
+        """Return the curve of a kernel, or None where it was not measured."""
+        return self.curves.get((kernel, dtype, form))
+
+
+def power_law(places: Sequence[int], values: Sequence[float], at: float) -> float:
+    """Interpolate linearly between the logarithms of both; outside take the nearest value."""
+    if at <= places[0] or len(places) == 1:
+        return values[0]
+    if at >= places[-1]:
+        return values[-1]
+    right = bisect.bisect_left(places, at)
+    low, high = places[right - 1], places[right]
+    weight = math.log(at / low) / math.log(high / low)
+    return math.exp((1 - weight) * math.log(values[right - 1]) + weight * math.log(values[right]))
+
+
+def family(device: Device) -> str:
+    """Return the key of a CPU in the table: its instruction set, and whether it has units for bfloat16."""
+    units = device.supports("bfloat16") and device.peak("bfloat16") > device.peak("float32")
+    return f"{device.compute}{'+bf16' if units else ''}"
+
+
+@functools.cache
+def table() -> Mapping[str, Rates]:
+    """Return the rates of every family in the package's table."""
+    raw = json.loads(resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8"))
+    assert raw["schema"] == SCHEMA, raw["schema"]
+    return {name: read(name, data) for name, data in raw["families"].items()}
+
+
+def read(name: str, data: Mapping[str, Any]) -> Rates:
+    """Build the rates of one family from its JSON value."""
+    curves = {tuple(key.split()): Curve.from_json(value) for key, value in data.get("curves", {}).items()}
+    linear: dict[str, tuple[LinearGain, ...]] = {}
+    for key, value in data.get("linear", {}).items():
+        dtype, inputs, outputs = key.split()
+        made = LinearGain(int(inputs), int(outputs), tuple(value["rows"]), tuple(value["gains"]))
+        linear[dtype] = (*linear.get(dtype, ()), made)
+    return Rates(name, dict(data.get("gemm", {})), curves, linear, str(data.get("about", "")))  # type: ignore[arg-type]
+
+
+def rates_of(device: Device) -> Rates | None:
+    """Return the rates that were measured on CPUs of this family, or None."""
+    return table().get(family(device)) if device.kind == "cpu" else None

@@ -1,0 +1,104 @@
+"""Walk the measured table: in no row may the planner choose a kernel that was measured slower than another that it could choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench import store
+from bench.cases.attention_table import MASKS, AttentionTable, predicate_of
+from bench.run import RESULTS
+from effcompile.compiler import all_kernels
+from effcompile.core.kernel import Supported
+from effcompile.core.mask import Mask
+from effcompile.core.policy import Kernels
+from effcompile.core.site import AttentionSite
+from effcompile.core.target import Target
+from effcompile.lowering.linear import GAIN
+from effcompile.lowering.rates import family, rates_of
+from effcompile.planning.planner import KERNEL, Circumstances, make_plan, source_kernel
+from effcompile.targets import cpu
+
+TARGET = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9))
+NOISE = 1.05
+# Documents, and how many positions are real, are data: a plan is made before they are known, for a share that is assumed.
+DATA = ("padding", "causal-padding", "documents")
+TABLE = store.read(store.path_of(RESULTS, "attention-table", "cpu"))
+
+
+def site_of(at: dict[str, Any], idiom: str) -> AttentionSite:
+    predicate, _ = predicate_of(str(at["mask"]), 1, 2, AttentionTable().window, "cpu")
+    full = at["mask"] in ("full", "decode")
+    return AttentionSite(
+        "a",
+        "attention",
+        "forward",
+        "",
+        idiom,
+        batch=at["batch"],
+        heads=at["heads"],
+        kv_heads=at["kv_heads"],
+        head_dim=at["head_dim"],
+        value_dim=at["head_dim"],
+        q_len=1 if str(at["mask"]).startswith("decode") else at["length"],
+        kv_len=at["length"],
+        mask=Mask() if full else Mask(keep=predicate, empty_row="zero" if idiom == "sdpa" else "never"),
+        dtype=at["dtype"],
+    )
+
+
+def test_the_table_is_of_this_family() -> None:
+    assert {run["cpu"].get("family", family(TARGET.device)) for run in TABLE["runs"].values()} == {
+        family(TARGET.device)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("idiom", ["sdpa", "matmul-softmax-matmul"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_chosen_kernel_is_as_fast_as_any(mask: str, idiom: str, dtype: str) -> None:
+    wrong, seen = [], 0
+    for row in TABLE["rows"]:
+        at = row["parameters"]
+        if (at["mask"], at["dtype"]) != (mask, dtype):
+            continue
+        site = site_of(at, idiom)
+        seconds = {name: arm["seconds"]["median"] for name, arm in row["arms"].items() if "seconds" in arm}
+        known = {
+            kernel.name: seconds[kernel.name]
+            for kernel in all_kernels()
+            if kernel.name in seconds and isinstance(kernel.supports(site, TARGET), Supported)
+        }
+        if not known:
+            continue
+        kernels = Kernels(tuple(kernel for kernel in all_kernels() if kernel.name in known))
+        plan = make_plan((site,), (), Circumstances(TARGET, kernels), ())
+        (choice,) = [c for c in plan.choices if c.family == KERNEL]
+        assert choice.tag == "measured", row["id"]
+        seen += 1
+        limits = {"the source's own": known.get(source_kernel(site), 1e9)}
+        if mask not in DATA:
+            limits["another"] = min(known.values())
+        wrong += [
+            f"{row['id']}: {choice.policy} is slower than {name}: {known}"
+            for name, limit in limits.items()
+            if known[choice.policy] > NOISE * limit
+        ]
+    assert seen >= 6
+    assert not wrong, "\n".join(wrong)
+
+
+def test_linear_layers_are_chosen_where_they_gain() -> None:
+    document = store.read(store.path_of(RESULTS, "linear-table", "cpu"))
+    rates = rates_of(TARGET.device)
+    assert rates is not None
+    chosen = set()
+    for row in document["rows"]:
+        at = row["parameters"]
+        gain = rates.linear_gain(at["length"], at["in"], at["out"], at["dtype"])
+        assert gain is not None
+        ours, torchs = (row["arms"][name]["seconds"]["median"] for name in ("eff-linear", "aten"))
+        assert ours <= torchs if gain >= GAIN else torchs <= NOISE * 1.01 * ours, row["id"]
+        chosen.add(gain >= GAIN)
+    assert chosen == {True, False}
