@@ -7,14 +7,30 @@ is part of each name, because torch's caches know a custom op by name only.
 
 from __future__ import annotations
 
+import importlib
+
 
 def register() -> None:
     """Register every `eff::` op with torch, once."""
-    from effcompile.ops import attention, attention_blocks, blocks, linear, mask_tensor, packing
+    from effcompile.ops import (
+        attention,
+        attention_blocks,
+        block_scores,
+        block_sparse,
+        blocks,
+        column_scores,
+        flash,
+        int8_attention,
+        linear,
+        mask_tensor,
+        packing,
+        paged_decode,
+    )
 
-    attention.register()
-    attention_blocks.register()
-    blocks.register()
-    linear.register()
-    mask_tensor.register()
-    packing.register()
+    with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
+    for module in (attention, attention_blocks, blocks, linear, mask_tensor, packing, *with_kernels):
+        module.register()
+    # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.
+    bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}
+    kernels = importlib.import_module("effcompile.codegen.triton")
+    kernels.register(bodies, opaque=("eff::attention_blocks_v1",))

@@ -51,7 +51,7 @@ def attention_blocks(
         out, lse = gathered(q, k, v, chosen, loads, sizes, keep, scale, block)
     dead = lse == -math.inf
     if bool(dead.any()):
-        _revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
+        revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
     return out
 
 
@@ -65,7 +65,7 @@ def bounds(
     return block_bounds(predicate, (*lead, *extents[2:]), (block, block), loads, sizes, device)
 
 
-def _within(chosen: torch.Tensor, some: torch.Tensor, heads: int) -> torch.Tensor:
+def within(chosen: torch.Tensor, some: torch.Tensor, heads: int) -> torch.Tensor:
     """Return the map without blocks in which the predicate keeps nothing."""
     if some.shape[1] > 1 and chosen.shape[1] != heads:
         chosen = chosen.repeat_interleave(heads // chosen.shape[1], 1)
@@ -91,7 +91,7 @@ def compiled(
     batch, heads, rows, depth = q.shape
     extents = (batch, heads, rows, k.shape[2])
     every, some = bounds(keep, extents, block, loads, sizes, q.device)
-    picked = _within(chosen, some, heads)
+    picked = within(chosen, some, heads)
     counts, lists = listed(picked)
     whole = every.to(torch.uint8).contiguous()
     parts = split_limits(keep)
@@ -168,7 +168,7 @@ def gathered(
     batch, heads, rows, _ = q.shape
     columns, group = k.shape[2], heads // k.shape[1]
     _, some = bounds(keep, (batch, heads, rows, columns), block, loads, sizes, q.device)
-    picked = _within(chosen, some, heads)
+    picked = within(chosen, some, heads)
     counts, lists = listed(picked)
     counts, lists = (x.repeat_interleave(heads // picked.shape[1], 1) for x in (counts, lists))
     counts, lists = counts.expand(batch, -1, -1), lists.expand(batch, -1, -1, -1)
@@ -212,7 +212,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 # --- rows that a map would empty ----------------------------------------------------------------------------------------------
 
 
-def _revive(
+def revive(
     out: torch.Tensor,
     dead: torch.Tensor,
     q: torch.Tensor,

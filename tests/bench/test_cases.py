@@ -30,6 +30,7 @@ NAMES = {
     "compile-time",
     "dinov2",
     "dit",
+    "gpu-attention",
     "linear-table",
     "minilm",
     "peak-memory",

@@ -1,0 +1,57 @@
+"""Run `eff::attention_blocks_v1`, attention over a map that policies make at run time, with the block-sparse kernel.
+
+The predicate is taken apart as on the CPU (`ops/row_limits.py`): a range of keys for each row and a byte for each key are what the
+kernel checks in partial blocks; blocks that the predicate keeps whole need neither. A predicate with more in it, a dtype or
+a block size that the kernel does not take, runs on the op's own body instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effcompile.codegen.triton import block_sparse, launch
+from effcompile.codegen.triton.kernel import WORDS
+from effcompile.core.expr import TRUE
+from effcompile.ops import attention_blocks as op
+from effcompile.ops.block_sparse import lists
+from effcompile.ops.row_limits import split_limits, values
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    empty_row: str,
+    scale: float,
+    block: int,
+) -> Tensor:
+    """Compute attention over the chosen blocks; `effcompile/ops/attention_blocks.py` says what that means."""
+    parts = split_limits(keep)
+    if parts.rest != TRUE or not takes(str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3]), block):
+        return op.attention_blocks(q, k, v, chosen, loads, sizes, keep, empty_row, scale, block)
+    extents = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    every, some = op.bounds(keep, extents, block, loads, sizes, q.device)
+    picked = op.within(chosen, some, extents[1])
+    heads = max(picked.shape[1], every.shape[1])
+    picked, every = (x.repeat_interleave(heads // x.shape[1], 1) for x in (picked, every))
+    limits = values(parts, extents, loads, sizes)
+    first, last, keys = (None if x is None else x.to(q.device) for x in (limits.first, limits.last, limits.keys))
+    partial, full = lists(picked & ~every), lists(picked & every)
+    bare = (None, None, -1, -1, 0, block, block, scale, 0.0)
+    out, lse = block_sparse.attend(q, k, v, *partial, *full, None, None, first, last, keys, *bare)
+    dead = torch.isneginf(lse)
+    if bool(dead.any()):
+        op.revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
+    return out
+
+
+def takes(dtype: str, width: int, block: int) -> bool:
+    """Tell whether the kernel takes a dtype, a head dimension and a block size."""
+    return dtype in WORDS and width <= launch.WIDEST and block % 16 == 0

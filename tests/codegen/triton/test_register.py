@@ -1,0 +1,53 @@
+"""Check how kernels join their ops: a CUDA implementation, and a twin that opens into the kernel in a graph for a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+pytest.importorskip("triton")
+
+from effcompile import ops
+from effcompile.codegen import triton as kernels
+from effcompile.codegen.triton import launch
+from tests.ops.test_sparse_ops import cases
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    """Return the default overload of an op."""
+    namespace, short = name.split("::")
+    return getattr(getattr(torch.ops, namespace), short).default
+
+
+@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - {"eff::attention_blocks_v1"}))
+def test_every_kernel_joins_its_op(op: str) -> None:
+    ops.register()
+    ops.register()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+    meaning, twin = overload(op)._schema, overload(kernels.traced_name(op))._schema
+    assert [(x.name, str(x.type)) for x in twin.arguments] == [(x.name, str(x.type)) for x in meaning.arguments]
+    assert [str(x.type) for x in twin.returns] == [str(x.type) for x in meaning.returns]
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_twin_opens_into_its_kernel_for_a_gpu_that_is_not_here(name: str) -> None:
+    op, args = cases()[name]
+    # A build of torch for CPUs has no CUDA tensors, not even fake ones; which chip is meant is assumed instead.
+    with FakeTensorMode() as mode, launch.assume("sm_90"):
+        given = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        graph = make_fx(kernels.traced(op._schema.name))(*given)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert any("triton_kernel_wrapper" in target for target in targets), targets
+    expected = op(*args)
+    values = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    flat = values if isinstance(values, (tuple, list)) else (values,)
+    for value, want in zip(flat, expected if isinstance(expected, tuple) else (expected,)):
+        assert (value.meta["val"].shape, value.meta["val"].dtype) == (want.shape, want.dtype)
+
+
+def test_an_op_whose_work_depends_on_data_has_no_twin() -> None:
+    ops.register()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("eff::attention_blocks_v1", "CUDA")
+    assert not hasattr(torch.ops.eff, "attention_blocks_triton_v1")
