@@ -109,7 +109,8 @@ def _configured(attend: Callable[..., Any], args: tuple[Any, ...], config: Any) 
 
 
 def decode(layer: Layer, length: int, budget: int, sequences: int) -> Problem:
-    """Return one new token per sequence over random pages of a budget, and over the whole cache beside it."""
+    """Return one new token per sequence over random pages of a budget, and over the whole cache beside it; whole pages only."""
+    length -= length % PAGE
     width, scale = layer.head_dim, layer.head_dim**-0.5
     sets = operands(layer, sequences, 1, length, (width, width))[:2]
     lengths = torch.full((sequences,), length, dtype=torch.int32, device=layer.device)

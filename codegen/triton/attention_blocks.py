@@ -44,8 +44,8 @@ def attend(
     limits = values(parts, extents, loads, sizes)
     first, last, keys = (None if x is None else x.to(q.device) for x in (limits.first, limits.last, limits.keys))
     partial, full = lists(picked & ~every), lists(picked & every)
-    bare = (None, None, -1, -1, 0, block, block, scale, 0.0)
-    out, lse = block_sparse.attend(q, k, v, *partial, *full, None, None, first, last, keys, *bare)
+    masks = (None, None, first, last, keys)
+    out, lse = block_sparse.attend(q, k, v, *partial, *full, *masks, None, None, -1, -1, 0, block, block, scale, 0.0)
     dead = torch.isneginf(lse)
     if bool(dead.any()):
         op.revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)

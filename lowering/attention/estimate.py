@@ -26,7 +26,13 @@ _RATE = {
     "sinks": (0.50, 0.28),
     "math": (0.20, 0.10),
 }
-_CALL = {"dense": 1.2e-5, "padded": 4e-5, "blocked": 6e-5, "flex": 3e-5, "math": 6e-5}  # seconds a call costs apart from its work
+_CALL = {
+    "dense": 1.2e-5,
+    "padded": 4e-5,
+    "blocked": 6e-5,
+    "flex": 3e-5,
+    "math": 6e-5,
+}  # seconds a call costs apart from its work
 _OTHER = 1e-5
 _NEAREST = {"float16": "bfloat16", "float64": "float32"}  # the measured dtype whose rate stands in
 
