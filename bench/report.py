@@ -141,8 +141,8 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     """Return the README's results: a table a case, with its circumstances and the reasons of what is missing."""
     parts = [
         "All figures are measured (none modelled) by `eff bench`: medians of rounds in which the arms take turns. In "
-        "parentheses: how many times as fast as the first column, from ratios taken round by round. `eff vs fastest "
-        "peer` is the smallest of eff's ratios."
+        "parentheses: how many times as fast as the first column, from ratios taken round by round. `against the "
+        "fastest peer` is the smallest of eff's ratios."
     ]
     parts += [section(document) for document in documents if document["headline"] and document["rows"]]
     return "\n\n".join(parts)
