@@ -86,14 +86,14 @@ class Server:
 def prepare() -> None:
     """Mend what the interpreter of Triton 3.6 to 3.9 does not do as the hardware does, and skip what it does twice.
 
-    Its dot multiplies the bit patterns of bfloat16; and every call of a device function patches the language modules it sees
-    once more, where once a launch is enough.
+    Its dot multiplies the bit patterns of bfloat16; 3.6 reads a loop bound in a way that NumPy no longer allows; and every call
+    of a device function patches the language modules it sees once more, where once a launch is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    dot, launch = builder.create_dot, interpreter.GridExecutor.__call__
+    dot, launch, patch_tensor = builder.create_dot, interpreter.GridExecutor.__call__, interpreter._patch_lang_tensor
     patched: set[frozenset[int]] = set()
 
     def exact_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -111,7 +111,12 @@ def prepare() -> None:
         patched.clear()
         return launch(self, *args, **named)
 
+    def patch_tensor_index(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     builder.create_dot = exact_dot
+    interpreter._patch_lang_tensor = patch_tensor_index
     interpreter.GridExecutor.__call__ = fresh_launch
     interpreter.InterpretedFunction.__call__ = device_call
 

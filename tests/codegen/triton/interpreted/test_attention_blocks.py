@@ -36,9 +36,9 @@ def call(
     places = torch.randint(-1, keys, (rows,), generator=generator)
     chosen = torch.rand(2, 2, -(-rows // 16), -(-keys // 16), generator=generator) < chance
     q, k, v = (
-        draw((2, 4, rows, 24), dtype, seed),
-        draw((2, 2, keys, 24), dtype, seed + 1),
-        draw((2, 2, keys, 24), dtype, seed + 2),
+        draw((2, 2, rows, 24), dtype, seed),
+        draw((2, 1, keys, 24), dtype, seed + 1),
+        draw((2, 1, keys, 24), dtype, seed + 2),
     )
     return q, k, v, chosen, [padding, places], [], to_json(PREDICATES[name]), "zero", 0.3, 16
 
