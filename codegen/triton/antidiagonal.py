@@ -159,7 +159,7 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
     if arch == launch.SMALL:
         return (Config((("BLOCK_M", 16), ("BLOCK_N", max(16, least))), 1, 1),)
     wide = dict(shape.types)["q"] == "*fp32"
-    m, n, warps, stages = (32, 32, 4, 2) if wide else (128, 128, 8, 2)
+    m, n, warps, stages = (16, 32, 4, 1) if wide else (128, 128, 8, 2)
     return (Config((("BLOCK_M", m), ("BLOCK_N", max(n, least))), warps, 1 if arch.startswith("gfx") else stages),)
 
 

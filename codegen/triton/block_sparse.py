@@ -207,6 +207,8 @@ def _choices(shape: Form, arch: str) -> tuple[tuple[int, int, int, int], ...]:
     if dict(shape.types)["q"] != "*fp32":
         if arch == "sm_80" and width <= 64:
             return ((128, 64, 8, 3), (64, 64, 4, 3))
+        if arch in ("sm_80", "sm_89", "sm_120") and 64 < width <= 128 and (at["HAS_LIMITS"] or at["HAS_KEYS"]):
+            return ((128, 32, 8, 2),)
         if arch in ("sm_90", "sm_100") and width <= 128:
             return ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2))
         if arch == "sm_90" and width > 192:

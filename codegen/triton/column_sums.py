@@ -122,7 +122,7 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
         return (Config((("BLOCK_M", 16), ("BLOCK_N", 16)), 1, 1),)
     at = dict(shape.constants)
     wide = int(at["D0"] or 0) + int(at["D1"] or 0) > 128
-    m, n, warps = (32, 32, 4) if dict(shape.types)["q"] == "*fp32" else (64, 64, 4) if wide else (64, 128, 8)
+    m, n, warps = (16, 32, 4) if dict(shape.types)["q"] == "*fp32" else (64, 64, 4) if wide else (64, 128, 8)
     return (Config((("BLOCK_M", m), ("BLOCK_N", n)), warps, 1 if arch.startswith("gfx") else 2),)
 
 

@@ -89,6 +89,27 @@ def cross_compile(kernel: Kernel, form: Form, config: Config, compute: str) -> B
     return _read_amd(done) if arch in AMD else _read_nvidia(done)
 
 
+def front_end(kernel: Kernel, form: Form, config: Config, compute: str, ones: tuple[str, ...] = ()) -> str:
+    """Return the kernel in Triton's own intermediate form, the parameters `ones` being the constant 1, as a launch makes them."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+
+    target = GPUTarget("cuda", int(compute.removeprefix("sm_")), 32)
+    types, constants, attributes = signature(kernel, form, config)
+    types |= dict.fromkeys(ones, "constexpr")
+    source = ASTSource(kernel.function, types, {**constants, **dict.fromkeys(ones, 1)}, attributes)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options({**config.options, "enable_fp_fusion": True})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    made = source.make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    return str(made)
+
+
 def signature(
     kernel: Kernel, form: Form, config: Config
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:

@@ -38,7 +38,7 @@ def decode(
     row = place // GROUP
     live = place < rows * GROUP
     base = q + (batch.to(tl.int64) * q_batch + head.to(tl.int64) * GROUP * q_head) * STEP
-    addresses = row * Q_ROW + (place % GROUP) * (q_head * STEP)
+    addresses = row * Q_ROW + (place % GROUP).to(tl.int64) * q_head * STEP
     q0 = load_queries(base, addresses, live, D, 0, D0)
     q1 = q0
     if D1 > 0:

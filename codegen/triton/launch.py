@@ -112,8 +112,8 @@ def strides(*operands: Tensor) -> tuple[list[int], int]:
     Triton sees an alignment in the code where it would have to guess it from the arguments: 72 * 8 bytes is enough for the
     widest load.
     """
-    found = [int(x.stride(d)) if x.shape[d] > 1 else 0 for x in operands for d in (0, 1)]
-    rows = [int(x.stride(2)) if x.shape[2] > 1 else 0 for x in operands]
+    found = [x.stride(d) if x.shape[d] > 1 else 0 for x in operands for d in (0, 1)]
+    rows = [x.stride(2) if x.shape[2] > 1 else 0 for x in operands]
     step = 8 if all(n % 8 == 0 for n in (*found, *rows)) else 1
     return [n // step for n in found], step
 
@@ -124,8 +124,7 @@ def page_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[int], int]:
     A pool (B' = 1) has the batch stride 0.
     """
     found = [
-        int(x.stride(d)) if x.shape[d] > 1 else 0
-        for x, d in ((q, 0), (q, 1), *((x, d) for x in (k, v) for d in range(3)))
+        x.stride(d) if x.shape[d] > 1 else 0 for x, d in ((q, 0), (q, 1), *((x, d) for x in (k, v) for d in range(3)))
     ]
     rows = [int(x.stride(x.dim() - 2)) for x in (q, k, v)]
     step = 8 if all(n % 8 == 0 for n in (*found, *rows)) else 1
@@ -144,7 +143,8 @@ def splits(owners: int, tiles: int, like: Tensor) -> int:
     cores = (
         next(d.cores for d in devices() if d.compute == arch and d.common) if assumed else detect("cuda").device.cores
     )
-    return max(1, min(cdiv(2 * cores, max(1, owners)), cdiv(tiles, 2), 64))
+    # A number, also where a length is symbolic: the merge has a tile of that many parts.
+    return int(max(1, min(cdiv(2 * cores, max(1, owners)), cdiv(tiles, 2), 64)))
 
 
 def ranges(begin: Tensor | None, end: Tensor | None, batch: int, keys: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +186,15 @@ def cdiv(number: int, by: Any) -> int:
 
 
 def fixed(*groups: Mapping[str, Constant], **more: Constant) -> tuple[tuple[str, Constant], ...]:
-    """Return the constants of a form from groups of them."""
-    return tuple({**{name: value for group in groups for name, value in group.items()}, **more}.items())
+    """Return the constants of a form from groups of them; a symbolic truth or size becomes one that is guarded."""
+    together = {**{name: value for group in groups for name, value in group.items()}, **more}
+    return tuple((name, _plain(value)) for name, value in together.items())
+
+
+def _plain(value: Any) -> Constant:
+    if isinstance(value, torch.SymBool):
+        return bool(value)
+    return int(value) if isinstance(value, torch.SymInt) else value
 
 
 def typed(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

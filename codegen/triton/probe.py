@@ -103,7 +103,7 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
     at = dict(shape.constants)
     wide = dict(shape.types)["q"] == "*fp32"
     warps = 8 if int(at["BLOCK_M"] or 0) > 64 else 4
-    return (Config((("BLOCK_N", 32 if wide else 64),), warps, 1 if arch.startswith("gfx") else 2),)
+    return (Config((("BLOCK_N", 16 if wide else 64),), warps, 1 if arch.startswith("gfx") else 2),)
 
 
 KERNELS = (Kernel("probe_lse", probe_lse, forms, configs),)

@@ -117,6 +117,23 @@ def test_configs_that_are_not_the_default_compile(arch: str) -> None:
             assert binary.copies == ("tma" if config.descriptors else "plain")
 
 
+@pytest.mark.parametrize("one", kernels(), ids=lambda one: one.name)
+def test_sizes_of_one_compile(one: kernel.Kernel) -> None:
+    """Triton makes a constant of every integer argument that is 1: one head, one query, one page."""
+    for form in one.forms("sm_90"):
+        config = one.configs(form, "sm_90")[0]
+        cross.front_end(one, form, config, "sm_90", ones=tuple(name for name, kind in form.types if kind == "i32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", kernels(), ids=lambda one: one.name)
+def test_each_size_of_one_compiles(one: kernel.Kernel) -> None:
+    form = one.forms("sm_90")[0]
+    config = one.configs(form, "sm_90")[0]
+    for name in (name for name, kind in form.types if kind == "i32"):
+        cross.front_end(one, form, config, "sm_90", ones=(name,))
+
+
 def test_a_relative_is_tuned_like_its_family() -> None:
     assert [kernel.architecture(word) for word in ("sm_86", "sm_103", "sm_90")] == ["sm_89", "sm_100", "sm_90"]
     with pytest.raises(EffError, match="EFF-K101"):

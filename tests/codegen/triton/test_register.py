@@ -47,6 +47,24 @@ def test_a_twin_opens_into_its_kernel_for_a_gpu_that_is_not_here(name: str) -> N
         assert (value.meta["val"].shape, value.meta["val"].dtype) == (want.shape, want.dtype)
 
 
+@pytest.mark.parametrize("name", list(cases()))
+def test_a_twin_keeps_lengths_symbolic(name: str) -> None:
+    """A graph for any batch and any number of keys (or pages): they stay symbols, head dimensions become numbers."""
+    op, args = cases()[name]
+    with launch.assume("sm_90"):
+        graph = make_fx(kernels.traced(op._schema.name), tracing_mode="symbolic")(*args)
+    q, k = (node.meta["val"].shape for node in list(graph.graph.nodes)[:2])
+    for size in (q[0], k[2]):
+        assert isinstance(size, torch.SymInt)
+        assert size.node.expr.free_symbols, "a length became a number"
+    assert not any(node.op == "call_function" and "item" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_an_op_without_a_kernel_has_no_cuda_implementation() -> None:
+    ops.register()
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("eff::linear_v1", "CUDA")
+
+
 def test_an_op_whose_work_depends_on_data_has_no_twin() -> None:
     ops.register()
     assert torch._C._dispatch_has_kernel_for_dispatch_key("eff::attention_blocks_v1", "CUDA")
