@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import _config
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
@@ -51,7 +52,7 @@ def test_a_twin_opens_into_its_kernel_for_a_gpu_that_is_not_here(name: str) -> N
 def test_a_twin_keeps_lengths_symbolic(name: str) -> None:
     """A graph for any batch and any number of keys (or pages): they stay symbols, head dimensions become numbers."""
     op, args = cases()[name]
-    with launch.assume("sm_90"):
+    with launch.assume("sm_90"), _config.patch(use_duck_shape=False):
         graph = make_fx(kernels.traced(op._schema.name), tracing_mode="symbolic")(*args)
     q, k = (node.meta["val"].shape for node in list(graph.graph.nodes)[:2])
     for size in (q[0], k[2]):
