@@ -179,7 +179,12 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
     at = dict(shape.constants)
     width = max(int(at["D0"] or 0) + int(at["D1"] or 0), int(at["V0"] or 0) + int(at["V1"] or 0))
     stages = 1 if arch.startswith("gfx") else 3 if arch in ("sm_90", "sm_100") and width <= 128 else 2
-    tiles = ((64, 32, 8),) if width > 192 else ((128, 64, 8), (64, 64, 4))
+    if width > 192:
+        tiles: tuple[tuple[int, int, int], ...] = ((64, 32, 8),)
+    elif width > 64 and arch == "sm_120":
+        tiles = ((128, 32, 8),)  # wider tiles spill there
+    else:
+        tiles = ((128, 64, 8), (64, 64, 4))
     return tuple(Config((("BLOCK_M", m), ("BLOCK_N", n)), warps, stages) for m, n, warps in tiles)
 
 

@@ -102,8 +102,10 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
         return (Config((("BLOCK_N", 16),), 1, 1),)
     at = dict(shape.constants)
     wide = dict(shape.types)["q"] == "*fp32"
-    warps = 8 if int(at["BLOCK_M"] or 0) > 64 else 4
-    return (Config((("BLOCK_N", 16 if wide else 64),), warps, 1 if arch.startswith("gfx") else 2),)
+    many = int(at["BLOCK_M"] or 0) > 64
+    tight = arch == "sm_100"  # where the tiles that fit elsewhere spill
+    columns = 16 if wide else 32 if many and tight else 64
+    return (Config((("BLOCK_N", columns),), 8 if many or (wide and tight) else 4, 1 if arch.startswith("gfx") else 2),)
 
 
 KERNELS = (Kernel("probe_lse", probe_lse, forms, configs),)
