@@ -71,7 +71,7 @@ class _Copying(fx.Interpreter):
         tracer = compat.proxy_tracer()
         if place == 0:
             self._given = [_nodes(self.env[column[0]], tracer) for column in self._wiring.inputs]
-        before = next(reversed(tracer.graph.nodes))
+        before = next(iter(reversed(tracer.graph.nodes)))
         result = super().run_node(n)
         self._made.append(list(_after(before)))
         if place == len(self._first) - 1:
