@@ -85,11 +85,12 @@ def _run_case(
     torch.set_num_threads(settings.threads)
     facts = manifest(settings)
     rows = case.rows(settings)
+    order = [row.id for row in case.rows(Settings(device=settings.device))]
     arms = case.chosen_arms(settings)
     with _watch(case.name, len(rows), len(arms) * (settings.rounds + settings.warmup), progress) as begin:
         for row in rows:
             measured = case.measure(row, settings, begin(row.id))
-            document = store.merge(document, facts, measured)
+            document = store.merge(document, facts, measured, order)
             fresh = store.merge(fresh, facts, measured)
             if path is not None:
                 store.write(path, document)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,20 @@ def empty(case: str, title: str, about: str, unit: str, device: str, *, headline
 
 
 def merge(
-    document: Mapping[str, Any], manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+    document: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the document with the rows of one run: a row of the same id is replaced, manifests without rows go."""
+    """Return the document with the rows of one run: a row of the same id is replaced, manifests without rows go.
+
+    Rows stand in the given order of ids, others after them in the order in which they were measured first.
+    """
     run = str(manifest["date"])
     new = {row["id"]: {**row, "run": run} for row in rows}
     kept = [new.pop(row["id"], row) for row in document["rows"]] + list(new.values())
+    places = {name: place for place, name in enumerate(order)}
+    kept.sort(key=lambda row: places.get(row["id"], len(places)))
     runs = {**document["runs"], run: dict(manifest)}
     used = {row["run"] for row in kept}
     return {**document, "runs": {name: runs[name] for name in runs if name in used}, "rows": kept}

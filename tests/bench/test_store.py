@@ -62,6 +62,8 @@ def test_a_row_is_replaced_and_keeps_its_place() -> None:
     ]
     again = store.merge(merged, later, [row("b", 1.0, 1.0)])
     assert list(again["runs"]) == [later["date"]]
+    ordered = store.merge(merged, later, [row("d", 1.0, 1.0)], order=("c", "d", "a"))
+    assert [item["id"] for item in ordered["rows"]] == ["c", "d", "a", "b"]
 
 
 @pytest.mark.parametrize(
