@@ -119,9 +119,7 @@ def bench(
     """
     runner, report = load("run"), load("report")
     if readme:
-        changed = report.write_readme(checkout() / "README.md", runner.stored(out or runner.RESULTS))
-        stdout().print("README.md: results written" if changed else "README.md: already up to date")
-        return 0
+        return _write_pages(report, runner.stored(out or runner.RESULTS))
     if install:
         for line in load("condense").install_tables(cases or [], out or runner.RESULTS):
             stdout().print(line)
@@ -144,6 +142,16 @@ def bench(
         print_json(items) if as_json else stdout().print(report.list_table(items, settings))
         return 0
     return _measure(runner, report, runner.choose(cases or [], settings), settings, as_json)
+
+
+def _write_pages(report: Any, documents: Any) -> int:
+    pages = {"README.md": report.write_readme(checkout() / "README.md", documents)}
+    for document in documents:
+        if document["case"] == "sparse-quality":
+            pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", document)
+    for page, changed in pages.items():
+        stdout().print(f"{page}: results written" if changed else f"{page}: already up to date")
+    return 0
 
 
 def _measure(runner: Any, report: Any, chosen: Any, settings: Any, as_json: bool) -> int:

@@ -1,0 +1,133 @@
+"""Turn the results of the case sparse-quality into the tables and the picture of docs/sparse_attention.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.report import machine, replace_results
+from effcompile.core.errors import EffError
+
+DENSE = "dense"
+PICTURE = "sparse_attention.png"
+_COLORS = ("#2f6fd6", "#e0a03c", "#5f9e6e", "#b0548c", "#7a6fd0", "#c4573d", "#3c9aa8", "#8a94a6")
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """Return a table for each row of the document, quality and speed side by side."""
+    parts = [document["about"]]
+    for row in document["rows"]:
+        made = _texts(row) if row["parameters"]["form"] == "text" else _pass_keys(row)
+        size = f"{row['parameters']['length']:,} tokens, {row['parameters']['dtype']}"
+        parts.append(f"### {'Text' if row['parameters']['form'] == 'text' else 'Pass key'}, {size}\n\n{made}")
+    parts.append(
+        "\n".join(f"measured: {text}  " for text in dict.fromkeys(machine(m) for m in document["runs"].values()))
+    )
+    return "\n\n".join(parts)
+
+
+def write(folder: Path, document: Mapping[str, Any]) -> bool:
+    """Put the tables into docs/sparse_attention.md and draw the picture beside it; return whether the page changed.
+
+    Raises:
+        EffError: EFF-B104 where the page or its markers are missing.
+    """
+    page = folder / "sparse_attention.md"
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
+    new = replace_results(text, markdown(document))
+    if new != text:
+        page.write_text(new, encoding="utf-8")
+        draw(document, folder / PICTURE)
+    return new != text
+
+
+def _texts(row: Mapping[str, Any]) -> str:
+    names = sorted({text for arm in row["arms"].values() for text in arm.get("quality", {})})
+    heads = [f"{text}: {what}" for text in names for what in ("perplexity", "last 1,024", "KL", "top-1")]
+    lines = [
+        "| policy | run | speed | density | selector | " + " | ".join(heads) + " |",
+        "| --- |" + " ---: |" * (4 + len(heads)),
+    ]
+    speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == DENSE}
+    dense = row["arms"][DENSE].get("quality", {})
+    for name, arm in row["arms"].items():
+        if "seconds" not in arm:
+            continue
+        cells = [
+            f"`{arm['policy'] or DENSE}`",
+            f"{arm['seconds']['median']:.2f} s",
+            f"{speed.get(name, 1.0):.2f}x",
+            f"{arm['density']:.3f}" if "density" in arm else "-",
+            f"{100 * arm['selector_share']:.1f} %" if "selector_share" in arm else "-",
+        ]
+        for text in names:
+            got, base = arm["quality"][text], dense[text]
+            cells += [_against(got[key], base[key], name) for key in ("perplexity", "tail_perplexity")]
+            cells += [f"{got['kl']:.4f}", f"{100 * got['top1']:.1f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _against(value: float, base: float, name: str) -> str:
+    return f"{value:.2f}" if name == DENSE else f"{value:.2f} ({100 * (value / base - 1):+.1f} %)"
+
+
+def _pass_keys(row: Mapping[str, Any]) -> str:
+    lines = ["| policy | found | run |", "| --- | ---: | ---: |"]
+    for arm in row["arms"].values():
+        if "pass_key" in arm:
+            found = arm["pass_key"]
+            seconds = arm["seconds"]["median"]
+            lines.append(f"| `{arm['policy'] or DENSE}` | {found['found']} of {found['tries']} | {seconds:.2f} s |")
+    return "\n".join(lines)
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Draw speed against the rise of perplexity, a panel a length, a color a policy; raises EFF-U104 without matplotlib."""
+    from effcompile.models.trained import require
+
+    require("matplotlib", "demo")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in document["rows"] if row["parameters"]["form"] == "text"]
+    figure = Figure(figsize=(6.0 * max(1, len(rows)), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, max(1, len(rows)), squeeze=False)[0]
+    for axes, row in zip(panels, rows):
+        points = list(curve(row))
+        kinds = list(dict.fromkeys(kind for kind, *_ in points))
+        for kind, color in zip(kinds, _COLORS * (1 + len(kinds) // len(_COLORS))):
+            mine = sorted((rise, speed, name) for this, name, rise, speed in points if this == kind)
+            axes.plot([x for x, *_ in mine], [y for _, y, _ in mine], "o-", color=color, label=kind, lw=1.2, ms=5)
+            for x, y, name in mine:
+                axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, color="#444444")
+        axes.axhline(1.0, color="#999999", lw=0.8, ls=":")
+        axes.axvline(1.0, color="#999999", lw=0.8, ls=":")
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlabel("rise of perplexity over dense (%), the worse of both texts")
+        axes.set_ylabel("run-level speed over dense")
+        axes.set_title(
+            f"SmolLM2-135M, {row['parameters']['length']:,} tokens, {row['parameters']['dtype']}", fontsize=10
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def curve(row: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
+    """Return (policy, its parameters, rise of perplexity in percent, speed over dense) for each policy of a row."""
+    speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == DENSE}
+    dense = row["arms"][DENSE]["quality"]
+    found = []
+    for name, arm in row["arms"].items():
+        if name == DENSE or "quality" not in arm:
+            continue
+        kind, _, given = arm["policy"].partition("{")
+        rise = max(100 * (got["perplexity"] / dense[text]["perplexity"] - 1) for text, got in arm["quality"].items())
+        found.append((kind, given.rstrip("}"), rise, speed[name]))
+    return found

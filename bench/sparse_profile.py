@@ -1,0 +1,146 @@
+"""Run a model whose attention a policy narrowed, op by op, and read what its block maps keep and what choosing them costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effcompile import ops
+from effcompile.backend import target_of
+from effcompile.compiler import compile_program
+from effcompile.core.dump import Dump
+from effcompile.core.expr_eval import evaluate, from_json
+from effcompile.core.options import Options
+from effcompile.observe import observe
+from effcompile.skeleton import real
+
+BLOCKS = "attention_blocks_v1"
+_ROWS = 1024
+
+
+@dataclass
+class Profile:
+    """Hold seconds of one eager run, and the pairs of all sites that ran over block maps.
+
+    `selector` are seconds of ops that only a block map needs, `attention` those of the ops that the maps go into.
+    """
+
+    selector: float = 0.0
+    attention: float = 0.0
+    whole: float = 0.0
+    kept: int = 0
+    allowed: int = 0
+    sites: int = 0
+    densities: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return density (kept pairs over allowed pairs, of the sites with maps) and the selector's share of time."""
+        if not self.sites:
+            return {}
+        return {
+            "map_sites": self.sites,
+            "density": _short(self.kept / max(1, self.allowed)),
+            "density_by_site": [_short(value) for value in self.densities],
+            "selector_share": _short(self.selector / (self.selector + self.attention)),
+            "selector_share_of_run": _short(self.selector / self.whole),
+        }
+
+
+def profile(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: str) -> Profile:
+    """Run the model's rewritten graphs on the inputs of one call; layers are not outlined, so that each site is seen."""
+    result = Profile()
+    options = Options.parse({"attention": policy, "disable": "outline-layers", "strict": True}, None)
+    ops.register()
+    with torch.no_grad():
+        seen = observe(real(model, args, kwargs), dynamic=False, keep_inputs=True)
+        for graph in seen.graphs:
+            if graph.program is None:
+                continue
+            target = target_of(options, graph.program.device)
+            compiled = compile_program(graph.program, target, options, Dump())
+            for entry in compiled.program.entries:
+                _Reader(entry.graph, result).run(*graph.inputs)
+    return result
+
+
+class _Reader(fx.Interpreter):  # type: ignore[misc]  # torch is Any here
+    def __init__(self, graph: fx.GraphModule, into: Profile) -> None:
+        super().__init__(graph)
+        self.into, self.choosing = into, _only_for_maps(graph.graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        begun = time.perf_counter()
+        value = super().run_node(n)
+        spent = time.perf_counter() - begun
+        self.into.whole += spent
+        if n in self.choosing:
+            self.into.selector += spent
+        if _is_blocks(n):
+            self.into.attention += spent
+            self._count(*self.fetch_args_kwargs_from_env(n)[0])
+        return value
+
+    def _count(
+        self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, loads: Any, sizes: Any, keep: str, *rest: Any
+    ) -> None:
+        kept, allowed = pairs(keep, chosen, (*q.shape[:3], k.shape[2]), loads, sizes, int(rest[-1]))
+        self.into.kept += kept
+        self.into.allowed += allowed
+        self.into.sites += 1
+        self.into.densities.append(kept / max(1, allowed))
+
+
+def pairs(
+    keep: str, chosen: Tensor, extents: tuple[int, int, int, int], loads: Any, sizes: Any, block: int
+) -> tuple[int, int]:
+    """Count the (query, key) pairs that a predicate and a map `[B|1, H', Qb, Kb]` keep, and those of the predicate alone."""
+    batch, heads, rows, columns = extents
+    predicate = from_json(keep)
+    kept = allowed = 0
+    spread = chosen.repeat_interleave(heads // chosen.shape[1], 1).expand(batch, -1, -1, -1)
+    keys = torch.arange(columns)
+    for begin in range(0, rows, _ROWS):
+        query = torch.arange(begin, min(begin + _ROWS, rows))
+        axes = (
+            torch.arange(batch)[:, None, None, None],
+            torch.arange(heads)[None, :, None, None],
+            query[None, None, :, None],
+            keys[None, None, None, :],
+        )
+        inside = evaluate(predicate, axes, loads, sizes).expand(batch, heads, len(query), columns)
+        for b in range(batch):
+            for h in range(heads):
+                mine = inside[b, h]
+                allowed += int(mine.sum())
+                kept += int((mine & spread[b, h][query[:, None] // block, keys[None, :] // block]).sum())
+    return kept, allowed
+
+
+def _is_blocks(node: fx.Node) -> bool:
+    return node.op == "call_function" and BLOCKS in str(node.target)
+
+
+def _only_for_maps(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose every use ends in the block map of an attention op."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if (
+            node.op == "call_function"
+            and node.users
+            and all(_as_map(node, user) or user in found for user in node.users)
+        ):
+            found.add(node)
+    return found
+
+
+def _as_map(node: fx.Node, user: fx.Node) -> bool:
+    return _is_blocks(user) and user.args[3] is node and sum(arg is node for arg in user.all_input_nodes) == 1
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
