@@ -123,6 +123,7 @@ def test_fused_projection_and_additive_mask():
             torch.testing.assert_close(result, model(ids, padding), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_rows_are_really_dropped():
     model = model_for("mean")
     ids, padding = torch.randint(0, 50, (4, 24)), paddings("right", 4, 24)
