@@ -20,10 +20,11 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import ATTENTION, Compiled, asked_policy, compile_program
+from effcompile.compiler import Compiled, asked_policies, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.options import DOORS, Options
+from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.sizes import place_of_size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.targets import devices
@@ -166,11 +167,11 @@ def check_doors(options: Options) -> None:
     for family, spelled in options.families:
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
-        if family != ATTENTION:
+        if family not in SITE_FAMILIES:
             raise EffError(
                 "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
             )
-    asked_policy(options)
+    asked_policies(options)
 
 
 def target_of(options: Options, device: str) -> Target:

@@ -18,7 +18,7 @@ from effcompile.core.errors import EffError, unknown
 from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
 from effcompile.core.plan import Plan, Range
-from effcompile.core.policy import Kernels, Policy, read_policy
+from effcompile.core.policy import SITE_FAMILIES, Kernels, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
 from effcompile.core.site import AttentionSite, Missed, Refusal
@@ -31,8 +31,6 @@ from effcompile.passes.recognize.attention import Recognized, recognize_attentio
 from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
 from effcompile.planning.pricing import products
 from effcompile.planning.replay import replayed
-
-ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,10 @@ def compile_program(
     sizes = symbolic_sizes(program.entries[0].graph.graph)
     plan = _plan(found, program, target, options, kernels, passes, sizes)
     policies = policies_of(plan)
-    asked = bool(policies) or asked_policy(options) is not None
-    keep_contract(plan, options.require, found.sites, found.missed, asked=asked)
+    asked = {policy.family for mine in policies.values() for policy in mine} | {
+        p.family for p in asked_policies(options)
+    }
+    keep_contract(plan, options.require, found.sites, found.missed, asked=sorted(asked))
     dump.text("plan.json", plan.to_json())
     clock.lap("plan")
 
@@ -146,9 +146,9 @@ def _plan(
         return sum(products(entry, target.device, values) for entry in program.entries)
 
     given = Circumstances(target, kernels, training, sizes, others)
-    policy = asked_policy(options)
+    asked = asked_policies(options)
     if options.plan is None:
-        return make_plan(found.sites, found.missed, given, choices, policy=policy)
+        return make_plan(found.sites, found.missed, given, choices, policies=asked)
     named = policies_of(options.plan.part({site.id: site.fingerprint for site in found.sites}, training))
     return replayed(options.plan, found.sites, given, choices, named)
 
@@ -199,25 +199,34 @@ def all_policies() -> tuple[type[Policy], ...]:
     return discover.classes(Policy, *discover.folders("effcompile.passes"))  # type: ignore[type-abstract]
 
 
-def asked_policy(options: Options) -> Policy | None:
-    """Return the attention policy that the options ask for; raise EFF-U014, EFF-U003 or EFF-U004 where it is misspelled."""
-    text = dict(options.families).get(ATTENTION)
-    if text is None:
-        return None
-    if options.plan is not None:
+def asked_policies(options: Options) -> tuple[Policy, ...]:
+    """Return the policies for sites that the options ask for, in the order in which they are applied.
+
+    Raises:
+        EffError: EFF-U014, EFF-U003 or EFF-U004 where one is misspelled, EFF-U015 beside a plan.
+    """
+    asked = [(family, text) for family, text in options.families if family in SITE_FAMILIES]
+    if asked and options.plan is not None:
         raise EffError(
             "EFF-U015",
-            f"`{ATTENTION}` together with `plan`, which names the policy of every site",
+            f"`{asked[0][0]}` together with `plan`, which names the policies of every site",
             hint="edit the plan, or leave one of them out",
         )
-    return read_policy(ATTENTION, text, all_policies())
-
-
-def policies_of(plan: Plan) -> dict[str, Policy]:
-    """Return the attention policies that the plan of one graph names, by site."""
     known = all_policies()
-    chosen = [choice for choice in plan.choices if choice.family == ATTENTION]
-    return {choice.site: read_policy(ATTENTION, choice.policy, known) for choice in chosen}
+    return tuple(read_policy(family, text, known) for family, text in sorted(asked, key=lambda item: _order(item[0])))
+
+
+def policies_of(plan: Plan) -> dict[str, tuple[Policy, ...]]:
+    """Return the policies that the plan of one graph names, by site, in the order in which they are applied."""
+    known = all_policies()
+    found: dict[str, tuple[Policy, ...]] = {}
+    for choice in sorted((c for c in plan.choices if c.family in SITE_FAMILIES), key=lambda c: _order(c.family)):
+        found[choice.site] = (*found.get(choice.site, ()), read_policy(choice.family, choice.policy, known))
+    return found
+
+
+def _order(family: str) -> int:
+    return SITE_FAMILIES.index(family)
 
 
 def all_kernels() -> tuple[AttentionKernel, ...]:

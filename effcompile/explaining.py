@@ -23,10 +23,11 @@ from torch import nn
 
 from effcompile import skeleton as skeletons
 from effcompile.backend import check_doors, target_of
-from effcompile.compiler import ATTENTION, Compiled, all_kernels, all_passes, compile_program
+from effcompile.compiler import Compiled, all_kernels, all_passes, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
 from effcompile.core.options import Options
+from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.program import Break, Program
 from effcompile.core.site import AttentionSite, place
 from effcompile.core.target import Target
@@ -158,7 +159,7 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
         unseen=_unseen(model, observation, breaks, reached),
         seconds=tuple(totals.items()),
         machine=machine(target),
-        policy=dict(options.families).get(ATTENTION, ""),
+        policy=", ".join(text for family, text in options.families if family in SITE_FAMILIES),
         stop=f"{stop.reason} at {stop.source or '?'}{' in ' + stop.module if stop.module else ''}" if stop else "",
     )
 
@@ -229,7 +230,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
     rows = []
     for site in compiled.sites:
         choice = compiled.plan.within(compiled.range).of(site.id, KERNEL)
-        policy = compiled.plan.of(site.id, ATTENTION)
+        policies = [c for family in SITE_FAMILIES if (c := compiled.plan.of(site.id, family)) is not None]
         assert choice is not None, f"no kernel was chosen for {site.id}"
         declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
         rows.append(
@@ -245,9 +246,9 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
                 tag=choice.tag,
                 floor=price.floor(site),
                 declined=declined,
-                pays=price.pays(site) if policy is None else (),
-                policy="" if policy is None else policy.policy,
-                density="" if policy is None else policy.reason,
+                pays=() if policies else price.pays(site),
+                policy=", ".join(choice.policy for choice in policies),
+                density="; ".join(choice.reason for choice in policies),
             )
         )
     return rows

@@ -15,6 +15,7 @@ from typing import Any
 
 from effcompile.compiler import Compiled
 from effcompile.core.errors import EffError
+from effcompile.core.policy import SITE_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def summary() -> dict[str, Any]:
                 "sites": [
                     {
                         **site.to_json(),
-                        "policy": record.compiled.plan.policy(site.id, "attention"),
-                        "kernel": record.compiled.plan.policy(site.id, "attention-kernel"),
+                        "policy": ", ".join(filter(None, (plan.policy(site.id, name) for name in SITE_FAMILIES))),
+                        "kernel": plan.policy(site.id, "attention-kernel"),
                     }
+                    for plan in (record.compiled.plan,)
                     for site in record.compiled.sites
                 ],
                 "missed": [{**m.site.to_json(), "refusal": str(m.refusal)} for m in record.compiled.missed],

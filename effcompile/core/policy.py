@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 Exactness = Literal["bit-equal", "rounding", "lossy"]
 RAISED = "eff::attention_v1"
+SITE_FAMILIES = (
+    "attention",
+    "precision",
+)  # the questions that one site can answer, in the order in which they are asked
 DENSE_LAYER = "EFF-A501"  # the refusal of a layer that the policy was told to leave alone
 
 
@@ -59,7 +63,8 @@ class Policy(ABC):
     """Answer one family's question. Subclasses are frozen dataclasses, one a file; every field has a default.
 
     `op` names the raised op that `apply` leaves behind: `eff::attention_v1` with a narrower mask, which exact kernels run, or an op
-    of its own, which the kernels of `Kernels.of(op)` run. `differentiable` says that gradients flow through what it inserts.
+    of its own, which the kernels of `Kernels.of(op)` run; `inside` the raised ops that it can rewrite, so that policies of two
+    families go together. `differentiable` says that gradients flow through what it inserts.
     """
 
     name: ClassVar[str]
@@ -67,6 +72,7 @@ class Policy(ABC):
     paper: ClassVar[str]
     exactness: ClassVar[Exactness]
     op: ClassVar[str] = RAISED
+    inside: ClassVar[tuple[str, ...]] = (RAISED,)
     differentiable: ClassVar[bool] = False
 
     @abstractmethod
@@ -87,6 +93,10 @@ class Policy(ABC):
         """Return the site as kernels of `eff::attention_v1` see it after `apply`."""
         return site
 
+    def told(self, estimate: Estimate, site: AttentionSite) -> str:
+        """Return what the plan says of a proposal for a site."""
+        return f"density {estimate.density:.3g} of the pairs that {site.mask} keeps"
+
     def settled(self) -> Policy:
         """Return the policy as a plan names it at one site: without parameters that only say which sites to take."""
         return self
@@ -95,6 +105,11 @@ class Policy(ABC):
     def spelled(self) -> str:
         """Return the policy as a user writes it, without fields that have their default."""
         return spell(self.name, self)
+
+
+def left_by(policies: Sequence[Policy]) -> str:
+    """Return the op that policies leave behind, applied in order."""
+    return policies[-1].op if policies else RAISED
 
 
 def read_policy(family: str, text: str, known: Iterable[type[Policy]]) -> Policy:

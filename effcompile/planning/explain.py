@@ -13,7 +13,7 @@ from typing import Any
 
 from effcompile.core.errors import ContractError, EffError
 from effcompile.core.plan import Decline, Plan
-from effcompile.core.policy import DENSE_LAYER
+from effcompile.core.policy import DENSE_LAYER, SITE_FAMILIES
 from effcompile.core.program import Break
 from effcompile.core.site import AttentionSite, Missed
 from effcompile.core.target import Device
@@ -50,7 +50,7 @@ class SiteRow:
     @property
     def kept_dense(self) -> Decline | None:
         """Return why the policy that was asked for left the site dense, None where it did not."""
-        return next((item for item in self.declined if item.family == "attention"), None)
+        return next((item for item in self.declined if item.family in SITE_FAMILIES), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

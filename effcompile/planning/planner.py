@@ -9,7 +9,7 @@ from effcompile.core.errors import ContractError
 from effcompile.core.kernel import Answer, Supported
 from effcompile.core.mask import Mask
 from effcompile.core.plan import Choice, Decline, Plan, Range, Split
-from effcompile.core.policy import DENSE_LAYER, RAISED, Kernels, Policy, Proposal
+from effcompile.core.policy import DENSE_LAYER, RAISED, SITE_FAMILIES, Kernels, Policy, Proposal, left_by
 from effcompile.core.site import AttentionSite, Missed, Refusal, shared
 from effcompile.core.sizes import Size
 from effcompile.core.target import Target
@@ -49,23 +49,24 @@ def make_plan(
     given: Circumstances,
     passes: Sequence[PassChoice],
     *,
-    policy: Policy | None = None,
+    policies: Sequence[Policy] = (),
 ) -> Plan:
-    """Return the plan of one graph."""
+    """Return the plan of one graph; `policies` are asked in order, each about the site as those before it leave it."""
     choices: list[Choice] = []
     declined: list[Decline] = []
     kinds: dict[str, Kind] = {}
     for site in sites:
-        taken: Policy | None = None
-        density = 1.0
-        if policy is not None:
-            proposal = propose(policy, site, given)
+        taken: tuple[Policy, ...] = ()
+        density, seen = 1.0, site
+        for policy in policies:
+            proposal = propose(policy, seen, given, left_by(taken))
             if isinstance(proposal, Refusal):
                 declined.append(Decline(site.id, policy.family, policy.spelled, proposal, site.source))
-            else:
-                taken, density = policy.settled(), proposal.density
-                reason = f"density {density:.3g} of the pairs that {site.mask} keeps"
-                choices.append(Choice(site.id, taken.family, taken.spelled, reason, proposal.seconds, proposal.tag))
+                continue
+            taken = (*taken, policy.settled())
+            reason = policy.told(proposal, seen)
+            density, seen = density * proposal.density, policy.narrowed(seen)
+            choices.append(Choice(site.id, policy.family, taken[-1].spelled, reason, proposal.seconds, proposal.tag))
         kinds[site.id] = kind_of(site, taken, density)
         declined.extend(_declined(site, kinds[site.id], given))
     made, split, note = choose_kernels(kinds, given)
@@ -88,18 +89,22 @@ def make_plan(
     )
 
 
-def propose(policy: Policy, site: AttentionSite, given: Circumstances) -> Proposal:
-    """Ask a policy about a site; in training one through which no gradient flows refuses."""
+def propose(policy: Policy, site: AttentionSite, given: Circumstances, op: str = RAISED) -> Proposal:
+    """Ask a policy about a site that is now `op`; in training one through which no gradient flows refuses."""
+    if op not in policy.inside:
+        return Refusal("EFF-A509", f"`{policy.name}` does not go with the policy before it, which leaves {op}")
     if given.training and (why := policy.gradient(site)) is not None:
         return why
     return policy.propose(site, given.target, given.kernels)
 
 
-def kind_of(site: AttentionSite, policy: Policy | None, density: float = 1.0) -> Kind:
-    """Return a site as its policy leaves it, without what does not change its price."""
-    if policy is None:
+def kind_of(site: AttentionSite, policies: Sequence[Policy] = (), density: float = 1.0) -> Kind:
+    """Return a site as its policies leave it, without what does not change its price."""
+    if not policies:
         return Kind(shared(site), RAISED, 1.0, source_kernel(site))
-    return Kind(shared(policy.narrowed(site)), policy.op, density, "")
+    for policy in policies:
+        site = policy.narrowed(site)
+    return Kind(shared(site), left_by(policies), density, "")
 
 
 def source_kernel(site: AttentionSite) -> str:
@@ -165,27 +170,31 @@ def keep_contract(
     sites: Sequence[AttentionSite],
     missed: Sequence[Missed],
     *,
-    asked: bool = False,
+    asked: Sequence[str] = (),
 ) -> None:
     """Raise EFF-P502 unless as many sites were rewritten as `require` asks for; the error lists the missed ones.
 
-    Where a policy was `asked` for, a site counts if a policy rewrites it. Layers that the policy itself keeps dense are not missed.
+    Where a policy of a family was `asked` for, a site counts if one rewrites it. Layers that the policy itself keeps dense are not
+    missed. Where none was, a site counts for `attention` if it was raised, and for another family never.
     """
-    lines = [f"  {m.site.id} ({m.site.source or 'no source'}): {m.refusal}" for m in missed]
-    rewritten = len(sites)
-    if asked:
-        taken = {choice.site for choice in plan.choices if choice.family == "attention"}
-        rewritten = len(taken)
-        for item in plan.declined:
-            if item.family == "attention" and item.policy != "raise" and item.refusal.code != DENSE_LAYER:
-                lines.append(f"  {item.site} ({item.source or 'no source'}): {item.policy}: {item.refusal}")
     for family, wanted in require:
-        if family != "attention":
+        if family not in SITE_FAMILIES:
             continue
+        lines = [f"  {m.site.id} ({m.site.source or 'no source'}): {m.refusal}" for m in missed]
+        rewritten = len(sites) if family == "attention" else 0
+        if family in asked:
+            rewritten = len({choice.site for choice in plan.choices if choice.family == family})
+            for item in plan.declined:
+                if item.family == family and item.policy != "raise" and item.refusal.code != DENSE_LAYER:
+                    lines.append(f"  {item.site} ({item.source or 'no source'}): {item.policy}: {item.refusal}")
+        elif family != "attention":
+            lines += [
+                f"  {site.id} ({site.source or 'no source'}): no policy of the family was asked for" for site in sites
+            ]
         if (lines and wanted == "all") or (wanted != "all" and rewritten < int(wanted)):
             told = "\n".join(lines)
             raise ContractError(
                 "EFF-P502",
-                f"`require` attention={wanted}: {rewritten} of {len(sites) + len(missed)} sites rewritten\n{told}",
+                f"`require` {family}={wanted}: {rewritten} of {len(sites) + len(missed)} sites rewritten\n{told}",
                 hint="eff explain MODEL shows every reason; drop `require` to run anyway",
             )

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from effcompile.core.errors import EffError, unknown
 from effcompile.core.plan import Plan, Range
-from effcompile.core.policy import Policy
+from effcompile.core.policy import Policy, left_by
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.planning.planner import (
     KERNEL,
@@ -29,7 +29,7 @@ def replayed(
     sites: Sequence[AttentionSite],
     given: Circumstances,
     passes: Sequence[PassChoice],
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Sequence[Policy]],
 ) -> Plan:
     """Return the part of a plan for one graph; `policies` are those that it names, by site.
 
@@ -41,14 +41,14 @@ def replayed(
     """
     part = plan.part({site.id: site.fingerprint for site in sites}, given.training)
     for site in sites:
-        policy, density = policies.get(site.id), 1.0
-        if policy is not None:
-            proposal = propose(policy, site, given)
+        mine, density, seen = policies.get(site.id, ()), 1.0, site
+        for number, policy in enumerate(mine):
+            proposal = propose(policy, seen, given, left_by(mine[:number]))
             if isinstance(proposal, Refusal):
                 raise _refused(policy.spelled, site, proposal)
-            density = proposal.density
+            density, seen = density * proposal.density, policy.narrowed(seen)
         for side in _sides(part):
-            part = _checked(part, site, side, kind_of(site, policy, density), given, policy is not None)
+            part = _checked(part, site, side, kind_of(site, mine, density), given, bool(mine))
     _check_sites(part, sites, given)
     _check_passes(part, passes)
     return part

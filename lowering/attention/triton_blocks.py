@@ -40,7 +40,7 @@ class TritonBlocks(SparseKernel):
             return Refusal("EFF-A202", "attention over block maps has no sink logits")
         if site.mask.bias is not None:
             return Refusal("EFF-A207", "attention over block maps has no score addend")
-        if site.dtype not in ("float16", "bfloat16", "float32") or not _tuned(target.device.compute):
+        if site.dtype not in ("float16", "bfloat16", "float32") or not tuned(target.device.compute):
             return Refusal("EFF-A209", f"no kernel for {site.dtype} on {target.device.compute}")
         if max(site.head_dim, site.value_dim) > 256:
             return Refusal("EFF-A210", f"head dimensions {site.head_dim} and {site.value_dim}")
@@ -55,5 +55,6 @@ class TritonBlocks(SparseKernel):
         return node
 
 
-def _tuned(compute: str) -> bool:
+def tuned(compute: str) -> bool:
+    """Tell whether the Triton kernels have configs for a chip."""
     return compute.startswith(("sm_8", "sm_9", "sm_10", "sm_12")) or compute in ("gfx942", "gfx950")

@@ -17,11 +17,11 @@ from effcompile.core.site import AttentionSite
 
 
 def rewrite_attention(
-    program: Program, sites: Sequence[AttentionSite], policies: Mapping[str, Policy]
+    program: Program, sites: Sequence[AttentionSite], policies: Mapping[str, Sequence[Policy]]
 ) -> tuple[Program, tuple[AttentionSite, ...]]:
     """Return the program with each named site rewritten, and the sites as kernels see them from here on.
 
-    `policies` maps site ids to policies; other sites stay as they are.
+    `policies` maps site ids to policies, which are applied in order; other sites stay as they are.
     """
     if not policies:
         return program, tuple(sites)
@@ -32,15 +32,17 @@ def rewrite_attention(
             name = node.meta.get("eff.site") if _is_raised(node) else None
             if name is None or name not in policies:
                 continue
-            policy, site = policies[name], by_id[name]
-            with edit.before(node):
-                result = policy.apply(node, site, edit)
-            edit.replace(node, result)
-            result.meta["eff.site"] = name
-            if _is_raised(result) and isinstance(site.mask, Mask):
-                keep = AttentionCall.of(result).keep
-                assert keep is not None
-                by_id[name] = replace(site, mask=replace(site.mask, keep=keep))
+            for policy in policies[name]:
+                site = by_id[name]
+                with edit.before(node):
+                    result = policy.apply(node, site, edit)
+                edit.replace(node, result)
+                result.meta["eff.site"] = name
+                if _is_raised(result) and isinstance(site.mask, Mask):
+                    keep = AttentionCall.of(result).keep
+                    assert keep is not None
+                    by_id[name] = replace(site, mask=replace(site.mask, keep=keep))
+                node = result
         program = program.with_graph(entry, edit.finish())
     return program, tuple(by_id[site.id] for site in sites)
 

@@ -330,7 +330,7 @@ def rewritten(raised: Raised, policy: Policy) -> tuple[Program, tuple[AttentionS
         assert 0 < answer.density <= 1
         assert answer.seconds > 0
     before = text(raised.program)
-    program, sites = rewrite_attention(raised.program, raised.sites, {site.id: policy for site in raised.sites})
+    program, sites = rewrite_attention(raised.program, raised.sites, {site.id: (policy,) for site in raised.sites})
     verify(raised.program, program, policy.name)
     assert text(raised.program) == before, "the policy changed the program that it was given"
     return program, sites
