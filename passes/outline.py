@@ -3,7 +3,9 @@
 A transformer's layers trace to the same run of nodes again and again. The run is found by structure: equal operations, literals,
 shapes and strides at equal distances; class names play no part. One layer becomes a sub-graph, each repetition an
 `invoke_subgraph` call with that layer's weights, so that TorchInductor lowers and compiles it once, while one `compile_fx` keeps
-one cache key. Layers that differ, or that write in place, stay as they are, with the reason.
+one cache key. Layers that write in place, as a static KV cache does, are cut at the writes, which stay in the outer graph, between
+two calls: a sub-graph that writes would have to be made functional, and its caches copied. Layers that differ stay as they are,
+with the reason.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch import fx
 from effcompile.core import compat
 from effcompile.core.plan import Plan
 from effcompile.core.program import Entry, Program
-from effcompile.core.repeats import Columns, Wiring, find_block, wire
+from effcompile.core.repeats import MIN_REPEATS, Columns, Wiring, between_writes, find_block, wire
 from effcompile.core.rewrite import Pass, PassResult, copy_graph, copy_meta
+from effcompile.passes.recognize.aliases import storages, written
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def outline(entry: Entry) -> tuple[fx.GraphModule | None, str]:
     if block is None:
         return None, "no repeated layers"
     runs = block.runs(nodes)
+    if any(written(node) for node in runs[0]):
+        found = _free_of_writes(between_writes(nodes, block, lambda node: bool(written(node))).runs(nodes))
+        if isinstance(found, str):
+            return None, f"{block.count} repetitions stay: {found}"
+        runs = found
     shape = _shape_of(runs)
     if isinstance(shape, str):
         return None, f"{block.count} repetitions stay: {shape}"
@@ -61,7 +69,7 @@ def outline(entry: Entry) -> tuple[fx.GraphModule | None, str]:
     module.graph.lint()
     module.recompile()
     sizes = f"{len(shape.inputs)} inputs, {len(shape.outputs)} outputs"
-    return module, f"{block.count} layers of {block.period} nodes, {sizes}"
+    return module, f"{len(runs)} layers of {len(runs[0])} nodes, {sizes}"
 
 
 def _hoist_constants(graph: fx.Graph) -> None:
@@ -97,6 +105,36 @@ def _layout(value: Any) -> str:
     return str(type(value).__name__)
 
 
+# --- writes in place -------------------------------------------------------------------------------------------------------
+
+
+def _free_of_writes(runs: Sequence[Sequence[fx.Node]]) -> list[Sequence[fx.Node]] | str:
+    """Return the runs without their writes, which move behind the last node of each; or why they cannot."""
+    if len(runs) < MIN_REPEATS:
+        return "too few lie between in-place writes"
+    free: list[Sequence[fx.Node]] = []
+    late: list[list[fx.Node]] = []
+    for run in runs:
+        writes: list[fx.Node] = []
+        over: set[int] = set()
+        for node in run:
+            if targets := written(node):
+                if not isinstance(node.target, torch._ops.OpOverload):
+                    return f"`{node.target}` cannot be outlined"
+                writes.append(node)
+                over.update(*map(storages, targets))
+            elif any(value in writes or storages(value) & over for value in (node, *node.all_input_nodes)):
+                return f"`{node.target}` reads what the same layer has just written in place"
+        free.append([node for node in run if node not in writes])
+        late.append(writes)
+    for run, writes in zip(free, late):
+        place = run[-1]
+        for node in writes:
+            place.append(node)
+            place = node
+    return free
+
+
 # --- what a repetition reads and returns ---------------------------------------------------------------------------------
 
 
@@ -104,8 +142,6 @@ def _shape_of(runs: Sequence[Sequence[fx.Node]]) -> Wiring | str:
     """Return what the repeated run reads and returns, or why it cannot be one sub-graph."""
     for first in runs[0]:
         target = first.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            return f"`{target}` writes in place"
         if not isinstance(target, torch._ops.OpOverload) and target not in (
             operator.getitem,
             operator.add,

@@ -85,6 +85,22 @@ def _best_cut(nodes: Sequence[fx.Node], start: int, slack: int, period: int) -> 
     return min(candidates, key=lambda first: (crossing(first + period), first))
 
 
+def between_writes(nodes: Sequence[fx.Node], block: Block, writes: Callable[[fx.Node], bool]) -> Block:
+    """Return the block turned so that its in-place writes stand as near to the end of each repetition as they can.
+
+    A layer that writes its keys into a cache and attends to them then begins behind the writes: attention and feed-forward of one
+    layer, and the projections of the next. Turning costs one repetition, the one that is cut.
+    """
+    places = [place for place, node in enumerate(nodes[block.start : block.start + block.period]) if writes(node)]
+    if not places:
+        return block
+    following = [*places[1:], places[0] + block.period]
+    _, last = max((after - place, place) for place, after in zip(places, following))
+    if last == block.period - 1:
+        return block
+    return Block(block.start + last + 1, block.period, block.count - 1)
+
+
 Columns = list[tuple[fx.Node, ...]]
 """One tuple a value from outside: the node that each repetition reads in the same role."""
 

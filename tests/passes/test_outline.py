@@ -134,6 +134,83 @@ def test_layers_that_write_in_place_stay():
     torch.testing.assert_close(log, expected, rtol=1e-5, atol=1e-4)
 
 
+class Cached(Layer):
+    """Write a row of this layer's own cache, then read all of it, as attention over a static KV cache does."""
+
+    def forward(self, x, cache, place, count):
+        key = torch.tanh(self.norm(x))
+        where = torch.arange(x.shape[1]) + place
+        count.add_(x.shape[1])
+        cache.index_copy_(1, where, key)
+        weights = torch.softmax(x @ cache.transpose(1, 2), -1)
+        x = x + weights @ cache
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class CachedStack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, place, caches, counts):
+        for layer, cache, count in zip(self.layers, caches, counts):
+            x = layer(x, cache, place, count)
+        return x
+
+
+def cached_arguments(layers, rows=1):
+    torch.manual_seed(1)
+    caches = [torch.randn(2, 9, 16) for _ in range(layers)]
+    return torch.randn(2, rows, 16), torch.tensor(3), caches, [torch.zeros((), dtype=torch.int64) for _ in caches]
+
+
+@pytest.mark.parametrize("emit", ["interpreter", "inductor"])
+def test_layers_are_cut_where_they_write_to_a_cache(emit):
+    """Six layers that write in place: five calls lie between the writes, and results and caches are eager's over two steps."""
+    torch.manual_seed(0)
+    model = CachedStack([Cached(16) for _ in range(6)]).eval()
+    mine, theirs = cached_arguments(6), cached_arguments(6)
+    result, note, fast = outlined(model, *mine, emit=emit)
+    assert note.startswith("outline-layers: 5 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(*theirs), rtol=1e-5, atol=1e-5)
+        for step in range(4, 6):
+            for arguments in (mine, theirs):
+                arguments[1].fill_(step)
+            torch.testing.assert_close(fast(*mine), model(*theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_two_layers_share_is_written_between_their_calls():
+    torch.manual_seed(0)
+    model = CachedStack([Cached(16) for _ in range(6)]).eval()
+    mine, theirs = cached_arguments(2), cached_arguments(2)
+    for arguments in (mine, theirs):
+        arguments[2][:], arguments[3][:] = arguments[2] * 3, arguments[3] * 3
+    result, _, _ = outlined(model, *mine)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(*theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_reads_between_two_writes_stays():
+    class Twice(Layer):
+        def forward(self, x, cache, place, count):
+            cache.mul_(0.5)
+            x = torch.tanh(x + torch.sin(cache[:, :1]) + self.down(self.act(self.up(self.norm(x)))))
+            cache.add_(x.mean(1, keepdim=True))
+            return x * torch.cos(cache[:, :1]) + torch.sigmoid(self.norm(x))
+
+    torch.manual_seed(0)
+    model = CachedStack([Twice(16) for _ in range(6)]).eval()
+    mine, theirs = cached_arguments(6), cached_arguments(6)
+    result, note, _ = outlined(model, *mine)
+    assert "reads what the same layer has just written in place" in note
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(*theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-5, atol=1e-5)
+
+
 def test_symbolic_lengths_share_one_graph():
     model = stack()
     _, note, fast = outlined(model, torch.randn(3, 70, 16), dynamic=True)
