@@ -163,15 +163,16 @@ class Problem:
             real = keep.float().mean(-1)
             # With causal order the padded queries are skipped too; without it every query reads the real keys.
             share = 0.5 * float((real**2).mean()) if causal else float(real.mean())
-            op = torch.ops.eff.attention_padded_v1
+            op = torch.ops.eff.attention_padded_v2
             found["padded"] = self._kernel(
-                lambda: lambda: op(self.q, self.k, self.v, keep, causal, "zero", scale), share
+                lambda: lambda: op(self.q, self.k, self.v, None, keep, causal, "zero", scale), share
             )
         if mask is not None and self.extents[2] > 1:
-            blocked = torch.ops.eff.attention_blocked_v1
+            blocked = torch.ops.eff.attention_blocked_v2
             text, loads = to_json(self.predicate), list(self.loads)
             found["blocked"] = self._kernel(
-                lambda: lambda: blocked(self.q, self.k, self.v, loads, [], text, "zero", scale), self.visited((256, 64))
+                lambda: lambda: blocked(self.q, self.k, self.v, None, loads, [], text, "zero", scale),
+                self.visited((256, 64)),
             )
         return found
 

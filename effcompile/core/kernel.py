@@ -31,6 +31,7 @@ class Supported:
 
 
 Answer = Supported | Refusal
+NO_GRAD = "run inference under torch.no_grad()"
 
 
 class AttentionKernel(ABC):
@@ -47,7 +48,7 @@ class AttentionKernel(ABC):
         """Return why gradients of the site cannot flow through this kernel as they do in the source, else None."""
         if self.differentiable:
             return None
-        return Refusal("EFF-A301", "no gradient flows through this kernel", "run inference under torch.no_grad()")
+        return Refusal("EFF-A301", "no gradient flows through this kernel", NO_GRAD)
 
     @abstractmethod
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:

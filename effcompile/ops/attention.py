@@ -14,6 +14,7 @@ import torch
 
 from effcompile.core.expr import TRUE
 from effcompile.core.expr_eval import evaluate, from_json
+from effcompile.ops.sinks import empty_gate
 
 NAME = "eff::attention_v1"
 SCHEMA = (
@@ -50,7 +51,7 @@ def reference(
 
     q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, Hq a multiple of Hkv; sinks `[Hq]`. Returns `[B, Hq, Q, Dv]`.
     An empty row gives zeros, NaN, or the mean of V over the `soft` keys (zeros where it
-    has none of those either), as the source of the mask would.
+    has none of those either), as the source of the mask would; a finite sink leaves nothing of it.
     """
     group = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -96,7 +97,10 @@ def finish(
         even = torch.ones_like(probs)
         if soft and from_json(soft) != TRUE:
             even = even * evaluate(from_json(soft), axes, loads, sizes)
-        probs = torch.where(empty, even / even.sum(-1, keepdim=True).clamp(min=1), probs)
+        even = even / even.sum(-1, keepdim=True).clamp(min=1)
+        if sinks is not None:
+            even = even * empty_gate(sinks, empty_row, scores).to(even.dtype)
+        probs = torch.where(empty, even, probs)
     elif empty_row != "nan":
         probs = torch.where(empty, torch.zeros_like(probs), probs)
     return torch.matmul(probs.to(values.dtype), values)

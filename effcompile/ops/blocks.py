@@ -1,8 +1,9 @@
 """Define the CPU kernels that are compositions of torch's flash attention, and the block map that FlexAttention reads.
 
-`eff::attention_padded_v1` runs each sequence of a padded batch on its own real keys. `eff::attention_blocked_v1` runs each block of
+`eff::attention_padded_v2` runs each sequence of a padded batch on its own real keys. `eff::attention_blocked_v2` runs each block of
 queries on the key range that its predicate can keep, with a mask tile only where the range is partial. Neither ever holds a
-Q x K tensor. Both are opaque to TorchInductor on purpose: their control flow depends on data.
+Q x K tensor. Both are opaque to TorchInductor on purpose: their control flow depends on data. Sink logits scale the rows of each
+part by its LSE (`sinks.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from effcompile.core.expr import BATCH, HEAD, Expr, axes_of
 from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops.attention import define
+from effcompile.ops.sinks import empty_gate, flash_cpu, gate
 
 Q_BLOCK = 256
 K_BLOCK = 64
@@ -25,6 +27,7 @@ def attention_padded(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     kept: torch.Tensor,
     causal: bool,
     empty_row: str,
@@ -32,19 +35,20 @@ def attention_padded(
 ) -> torch.Tensor:
     """Compute attention over a padded batch.
 
-    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, kept `[B|1, K]` bool (True keeps the key). With `causal` (Q == K)
-    query i reads kept keys j <= i. An empty row gives 0, or the mean of V where `empty_row` is "uniform". Returns `[B, Hq, Q, Dv]`.
+    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, sinks `[Hq]`, kept `[B|1, K]` bool (True keeps the key). With
+    `causal` (Q == K) query i reads kept keys j <= i. An empty row gives 0, or the mean of V where `empty_row` is "uniform", of
+    which a sink leaves nothing. Returns `[B, Hq, Q, Dv]`.
     """
     batch, heads, rows, _ = q.shape
     out = q.new_empty((batch, heads, rows, v.shape[3]))
     spans = _spans(kept.expand(batch, kept.shape[-1]))
     if len(set(spans)) == 1 and (spans[0][2] or kept.shape[0] == 1):
-        _padded_slice(out, q, k, v, kept[:1], spans[0], causal, empty_row, scale)
+        _padded_slice(out, q, k, v, sinks, kept[:1], spans[0], causal, empty_row, scale)
         return out
     for number, span in enumerate(spans):
         one = slice(number, number + 1)
         mine = kept[one] if kept.shape[0] > 1 else kept
-        _padded_slice(out[one], q[one], k[one], v[one], mine, span, causal, empty_row, scale)
+        _padded_slice(out[one], q[one], k[one], v[one], sinks, mine, span, causal, empty_row, scale)
     return out
 
 
@@ -64,6 +68,7 @@ def _padded_slice(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     kept: torch.Tensor,
     span: tuple[int, int, bool],
     causal: bool,
@@ -76,7 +81,7 @@ def _padded_slice(
     if begin == end:
         first = rows
     if first:
-        out[:, :, :first] = _empty(v, group, empty_row)
+        out[:, :, :first] = _empty(v, group, empty_row, sinks)
     if begin == end:
         return
     keys, values = k[:, :, begin:end], v[:, :, begin:end]
@@ -85,34 +90,46 @@ def _padded_slice(
         if causal:
             places = torch.arange(begin, end, device=q.device)
             mask = mask & (places[None, :] <= torch.arange(first, rows, device=q.device)[:, None])
-        out[:, :, first:] = _sdpa(q[:, :, first:], keys, values, mask, False, scale)
+        out[:, :, first:] = _sdpa(q[:, :, first:], keys, values, mask, False, scale, sinks)
     elif causal:
-        out[:, :, first:end] = _sdpa(q[:, :, first:end], keys, values, None, True, scale)
+        out[:, :, first:end] = _sdpa(q[:, :, first:end], keys, values, None, True, scale, sinks)
         if end < rows:
-            out[:, :, end:] = _sdpa(q[:, :, end:], keys, values, None, False, scale)
+            out[:, :, end:] = _sdpa(q[:, :, end:], keys, values, None, False, scale, sinks)
     else:
-        out[:] = _sdpa(q, keys, values, None, False, scale)
+        out[:] = _sdpa(q, keys, values, None, False, scale, sinks)
 
 
 def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    if sinks is not None:
+        out, lse = flash_cpu(q, k, v, mask, causal, scale)
+        return out.mul_(gate(lse, sinks))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
-def _empty(v: torch.Tensor, group: int, rule: str) -> torch.Tensor:
+def _empty(v: torch.Tensor, group: int, rule: str, sinks: torch.Tensor | None) -> torch.Tensor:
     """Return what a row without keys gives: `[B, Hq, 1, Dv]`."""
     if rule == "uniform":
-        return v.mean(2, keepdim=True, dtype=torch.float32).to(v.dtype).repeat_interleave(group, 1)
-    return v.new_zeros((v.shape[0], v.shape[1] * group, 1, v.shape[3]))
+        row = v.mean(2, keepdim=True, dtype=torch.float32).to(v.dtype).repeat_interleave(group, 1)
+    else:
+        row = v.new_zeros((v.shape[0], v.shape[1] * group, 1, v.shape[3]))
+    return row if sinks is None else (row * empty_gate(sinks, rule, v)).to(v.dtype)
 
 
 def attention_blocked(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     loads: Sequence[torch.Tensor],
     sizes: Sequence[int],
     keep: str,
@@ -138,13 +155,13 @@ def attention_blocked(
             tile = None if whole else _tile(predicate, part, lines, (begin, end), q, loads, sizes)
             mine = out[part, :, lines]
             if begin == end:
-                mine[:] = _empty(v[part], heads // k.shape[1], empty_row)
+                mine[:] = _empty(v[part], heads // k.shape[1], empty_row, sinks)
                 continue
-            mine[:] = _sdpa(q[part, :, lines], k[part, :, begin:end], v[part, :, begin:end], tile, False, scale)
-            if tile is not None and empty_row == "uniform":
+            mine[:] = _sdpa(q[part, :, lines], k[part, :, begin:end], v[part, :, begin:end], tile, False, scale, sinks)
+            if tile is not None and empty_row in ("uniform", "nan"):
                 gone = ~tile.any(-1, keepdim=True)
                 if bool(gone.any()):
-                    mine[:] = torch.where(gone, _empty(v[part], heads // k.shape[1], empty_row), mine)
+                    mine[:] = torch.where(gone, _empty(v[part], heads // k.shape[1], empty_row, sinks), mine)
     return out
 
 
@@ -239,14 +256,15 @@ def _fake_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: objec
 def register() -> None:
     """Register the three ops, once."""
     define(
-        "eff::attention_padded_v1",
-        "(Tensor q, Tensor k, Tensor v, Tensor kept, bool causal, str empty_row, float scale) -> Tensor",
+        "eff::attention_padded_v2",
+        "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor kept, bool causal, str empty_row, float scale) -> Tensor",
         attention_padded,
         _fake_padded,
     )
     define(
-        "eff::attention_blocked_v1",
-        "(Tensor q, Tensor k, Tensor v, Tensor[] loads, SymInt[] sizes, str keep, str empty_row, float scale) -> Tensor",
+        "eff::attention_blocked_v2",
+        "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor[] loads, SymInt[] sizes, str keep, str empty_row, float scale) "
+        "-> Tensor",
         attention_blocked,
         _fake_padded,
     )

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
-from effcompile.core.expr import TRUE
 from effcompile.core.expr_eval import to_json
 from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask
@@ -18,6 +17,7 @@ from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.attention.sdpa import plain
+from effcompile.lowering.attention.sinks import empty_rows_known
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SdpaBlocked(AttentionKernel):
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
         """Answer for proved masks without a score addend."""
-        if refusal := plain(site):
+        if refusal := plain(site, target):
             return refusal
         if target.device.kind != "cpu":
             return Refusal("EFF-A205", "its block loop runs on the host")
@@ -39,7 +39,7 @@ class SdpaBlocked(AttentionKernel):
             return Refusal("EFF-A207", "it has no score addend")
         if mask.is_full:
             return Refusal("EFF-A203", "there is no mask")
-        if mask.empty_row == "nan" or (mask.empty_row == "uniform" and mask.soft != TRUE):
+        if not empty_rows_known(site, mask):
             return Refusal("EFF-A204", "its rule for rows without keys is not one of this kernel's")
         if site.q_len == 1:
             return Refusal("EFF-A206", "one query: a mask of one row costs nothing")
@@ -49,6 +49,6 @@ class SdpaBlocked(AttentionKernel):
         """Insert the op."""
         call = AttentionCall.of(node)
         assert call.keep is not None
-        op = torch.ops.eff.attention_blocked_v1.default
-        operands = (call.q, call.k, call.v, list(call.loads), list(call.sizes), to_json(call.keep))
+        op = torch.ops.eff.attention_blocked_v2.default
+        operands = (call.q, call.k, call.v, call.sinks, list(call.loads), list(call.sizes), to_json(call.keep))
         return edit.call(op, *operands, call.empty_row, call.scale, like=node)

@@ -15,7 +15,7 @@ from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
-from effcompile.lowering.attention.sdpa import emit_sdpa, is_square_causal, plain
+from effcompile.lowering.attention.sdpa import emit_sdpa, is_square_causal, sink_gradient, whole
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class SdpaDense(AttentionKernel):
     differentiable: ClassVar[bool] = True
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
-        """Answer for everything but softcap, sinks, and rows that the source leaves NaN (SDPA gives 0 there)."""
-        if refusal := plain(site):
+        """Answer for everything but softcap, and rows that the source leaves NaN (SDPA gives 0 there, as a sink does)."""
+        if refusal := whole(site, target):
             return refusal
         chain = not site.idiom.startswith("sdpa")
-        if chain and (not isinstance(site.mask, Mask) or site.mask.empty_row == "nan"):
+        if chain and not site.sinks and (not isinstance(site.mask, Mask) or site.mask.empty_row == "nan"):
             return Refusal("EFF-A204", "a row without keys is NaN in the source and 0 in SDPA")
         if isinstance(site.mask, Mask) and site.mask.is_full:
             return Refusal("EFF-A203", "there is no mask")
@@ -38,6 +38,8 @@ class SdpaDense(AttentionKernel):
 
     def gradient(self, site: AttentionSite) -> Refusal | None:
         """Refuse chains with rows without keys: SDPA's backward recomputes exp(score - LSE), and there LSE rounds to the fill."""
+        if refusal := sink_gradient(site):
+            return refusal
         if site.idiom.startswith("sdpa") or (isinstance(site.mask, Mask) and site.mask.empty_row == "never"):
             return None
         return Refusal("EFF-A302", "SDPA's backward gives a row without keys n times its gradient")
@@ -55,7 +57,8 @@ class SdpaDense(AttentionKernel):
         wanted, has = call.q.meta["val"].dtype, mask.meta["val"].dtype
         if mask.meta["val"].dim() == 3:
             mask = edit.call(torch.ops.aten.unsqueeze.default, mask, 0)
-        if has in (torch.bool, wanted):
+        # The flash kernel itself, which is what sinks call, adds float32 to the scores of narrower operands.
+        if has in (torch.bool, wanted) or (call.sinks is not None and wanted.itemsize == 2 and has == torch.float32):
             return emit_sdpa(edit, call, mask, False)
         if isinstance(site.mask, Mask) and site.mask.bias is None and site.mask.empty_row in ("never", "zero"):
             return emit_sdpa(edit, call, edit.call(torch.ops.aten.to.dtype, mask, wanted), False)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
-from effcompile.core.expr import TRUE, const
+from effcompile.core.expr import const
 from effcompile.core.kernel import Answer, AttentionKernel
 from effcompile.core.mask import Mask, causal_offset, key_padding_slot
 from effcompile.core.rewrite import Editor
@@ -17,6 +17,7 @@ from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.attention.sdpa import plain
+from effcompile.lowering.attention.sinks import empty_rows_known
 
 ASSUMED_FILL = 0.7  # of the keys are real; the true share is data
 
@@ -29,14 +30,14 @@ class SdpaPadded(AttentionKernel):
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
         """Answer for masks that are key padding alone, or with square causal order."""
-        if refusal := plain(site):
+        if refusal := plain(site, target):
             return refusal
         if target.device.kind != "cpu":
             return Refusal("EFF-A205", "reads the padding on the host")
         mask = site.mask
         if not isinstance(mask, Mask) or mask.bias is not None:
             return Refusal("EFF-A203", "the mask is not key padding")
-        if mask.empty_row == "nan" or (mask.empty_row == "uniform" and mask.soft != TRUE):
+        if not empty_rows_known(site, mask):
             return Refusal("EFF-A204", "its rule for rows without keys is not one of this kernel's")
         rest = [part for part in mask.parts() if key_padding_slot(part) is None]
         causal = [part for part in rest if causal_offset(part) == const(0)]
@@ -61,8 +62,9 @@ class SdpaPadded(AttentionKernel):
         key = ("kept", source, part, str(sizes))
         kept = edit.shared(key, (source,), lambda: self._kept(edit, source, part, sizes))
         causal = any(causal_offset(p) is not None for p in site.mask.parts())
-        op = torch.ops.eff.attention_padded_v1.default
-        return edit.call(op, call.q, call.k, call.v, kept, causal, call.empty_row, call.scale, like=node)
+        op = torch.ops.eff.attention_padded_v2.default
+        operands = (call.q, call.k, call.v, call.sinks, kept, causal)
+        return edit.call(op, *operands, call.empty_row, call.scale, like=node)
 
     def _kept(self, edit: Editor, source: fx.Node, part: object, sizes: tuple[Any, Any]) -> fx.Node:
         from effcompile.core.expr import BATCH, KEY, Expr, axes_of

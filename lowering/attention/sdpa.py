@@ -10,21 +10,32 @@ from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.expr import const
-from effcompile.core.kernel import Answer, AttentionKernel
+from effcompile.core.kernel import NO_GRAD, Answer, AttentionKernel
 from effcompile.core.mask import Mask, causal_offset
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
+from effcompile.lowering.attention.sinks import emit_with_sinks, sinkable
 
 
-def plain(site: AttentionSite) -> Refusal | None:
+def plain(site: AttentionSite, target: Target) -> Refusal | None:
     """Return why SDPA cannot run the site at all, else None."""
     if site.softcap:
         return Refusal("EFF-A201", "SDPA has no softcap")
-    if site.sinks:
-        return Refusal("EFF-A202", "SDPA has no sink logits")
-    return None
+    return sinkable(site, target) if site.sinks else None
+
+
+def whole(site: AttentionSite, target: Target) -> Refusal | None:
+    """Return why one SDPA call cannot run the site, else None."""
+    if site.sinks and site.head_dim != site.value_dim:
+        return Refusal("EFF-A210", f"no LSE with head dimensions {site.head_dim} and {site.value_dim}")
+    return plain(site, target)
+
+
+def sink_gradient(site: AttentionSite) -> Refusal | None:
+    """Return why no gradient flows through a site with sinks, else None."""
+    return Refusal("EFF-A301", "no gradient flows through the LSE", NO_GRAD) if site.sinks else None
 
 
 def is_square_causal(site: AttentionSite) -> bool:
@@ -36,7 +47,9 @@ def is_square_causal(site: AttentionSite) -> bool:
 
 
 def emit_sdpa(edit: Editor, call: AttentionCall, mask: fx.Node | None, causal: bool) -> fx.Node:
-    """Insert the SDPA call."""
+    """Insert the SDPA call, or where the site has sinks the flash kernel behind it."""
+    if call.sinks is not None:
+        return emit_with_sinks(edit, call, mask, causal)
     kwargs: dict[str, Any] = {"scale": call.scale}
     if call.grouped:
         kwargs["enable_gqa"] = True
@@ -53,11 +66,15 @@ class SdpaFull(AttentionKernel):
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
         """Answer for full masks."""
-        if refusal := plain(site):
+        if refusal := whole(site, target):
             return refusal
         if not isinstance(site.mask, Mask) or not site.mask.is_full:
             return Refusal("EFF-A203", "the mask is not full")
         return estimate.price("sdpa", site, target, 1.0)
+
+    def gradient(self, site: AttentionSite) -> Refusal | None:
+        """Refuse sinks: torch's backward takes no gradient of the LSE."""
+        return sink_gradient(site)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert SDPA without a mask."""
@@ -73,11 +90,15 @@ class SdpaCausal(AttentionKernel):
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
         """Answer for square causal masks."""
-        if refusal := plain(site):
+        if refusal := whole(site, target):
             return refusal
         if not is_square_causal(site):
             return Refusal("EFF-A203", "the mask is not causal over equal lengths")
         return estimate.price("sdpa-causal", site, target, 0.5)
+
+    def gradient(self, site: AttentionSite) -> Refusal | None:
+        """Refuse sinks: torch's backward takes no gradient of the LSE."""
+        return sink_gradient(site)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert causal SDPA."""

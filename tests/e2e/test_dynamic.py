@@ -59,6 +59,18 @@ def test_twenty_lengths(call: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("call", ["no-cache", "left-padded"])
+def test_sink_logits_at_many_lengths(call: str) -> None:
+    model = case("gpt-oss").build()
+    run = torch.compile(model, backend="eff", options={"emit": "interpreter", "strict": True})
+    for length in (9, 12, 16, 31, 13):  # all beyond the window: transformers' own code branches on that
+        assert_right(run, model, inputs(call, length))
+    graphs = eff.report()["graphs"]
+    assert 1 <= len(graphs) <= 2
+    assert {site["kernel"] for graph in graphs for site in graph["sites"]} != {"math"}
+
+
+@torch.no_grad()
 def test_batches_and_lengths_together() -> None:
     model = case("llama").build()
     run = torch.compile(model, backend="eff", options={"emit": "interpreter", "strict": True}, dynamic=True)

@@ -116,6 +116,24 @@ def test_gradients_of_softcap_and_sinks() -> None:
     check(attention, [*qkv(), *leaves((4,))])
 
 
+def test_gradients_of_sinks_keep_the_chain() -> None:
+    """Torch's flash kernel takes no gradient of its LSE, so that the kernels that scale rows by it step aside."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        rows, columns = torch.arange(7)[:, None], torch.arange(7)[None]
+        scores = (torch.matmul(q, k.transpose(-1, -2)) * 0.3).masked_fill(columns > rows, float("-inf"))
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(2, 4, 7, 1)], -1)
+        return torch.matmul(scores.softmax(-1)[..., :-1], v)
+
+    args = [*qkv(), *leaves((4,))]
+    assert sites(check(attention, args)) == [("causal", "math")]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        run = torch.compile(attention, backend="eff", options=CHEAP)
+        torch.testing.assert_close(run(*args), attention(*args))
+    assert sites(eff.report())[-1] == ("causal", "sdpa-causal")
+
+
 def test_a_detached_step_keeps_its_gradients_apart() -> None:
     def scores_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.matmul(torch.matmul(q, k.transpose(-1, -2)).detach().softmax(-1), v)

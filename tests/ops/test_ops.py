@@ -36,8 +36,13 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             eff.attention_v1.default,
             (*qkv(), None, torch.zeros(4), [kept], [], PADDED, "", "", "zero", 0.3, 5.0),
         ),
-        "padded": (eff.attention_padded_v1.default, (*qkv(), kept, False, "uniform", 0.3)),
-        "blocked": (eff.attention_blocked_v1.default, (*qkv(), [kept], [], PADDED, "zero", 0.3)),
+        "padded": (eff.attention_padded_v2.default, (*qkv(), None, kept, False, "uniform", 0.3)),
+        "padded with sinks": (eff.attention_padded_v2.default, (*qkv(), torch.zeros(4), kept, False, "zero", 0.3)),
+        "blocked": (eff.attention_blocked_v2.default, (*qkv(), None, [kept], [], PADDED, "zero", 0.3)),
+        "blocked with sinks": (
+            eff.attention_blocked_v2.default,
+            (*qkv(), torch.zeros(4), [kept], [], PADDED, "nan", 0.3),
+        ),
         "block map": (eff.block_map_v1.default, ([kept], [], PADDED, 2, 4, 5, 7, 4, torch.device("cpu"))),
         "linear": (eff.linear_v1.default, (torch.randn(3, 70, 8), torch.randn(6, 8), torch.randn(6))),
         "linear without bias": (eff.linear_v1.default, (torch.randn(70, 8), torch.randn(6, 8), None)),
@@ -52,7 +57,7 @@ def test_opcheck(name: str) -> None:
 
 def test_registering_twice_is_registering_once() -> None:
     ops.register()
-    before = {name: getattr(torch.ops.eff, name) for name in ("attention_v1", "attention_blocked_v1")}
+    before = {name: getattr(torch.ops.eff, name) for name in ("attention_v1", "attention_blocked_v2")}
     ops.register()
     assert all(getattr(torch.ops.eff, name) is op for name, op in before.items())
 
