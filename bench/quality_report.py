@@ -16,7 +16,7 @@ _COLORS = ("#2f6fd6", "#e0a03c", "#5f9e6e", "#b0548c", "#7a6fd0", "#c4573d", "#3
 
 def markdown(document: Mapping[str, Any]) -> str:
     """Return a table for each row of the document, quality and speed side by side."""
-    parts = [document["about"]]
+    parts = [f"![speed against perplexity]({PICTURE})", document["about"]]
     for row in document["rows"]:
         made = _texts(row) if row["parameters"]["form"] == "text" else _pass_keys(row)
         size = f"{row['parameters']['length']:,} tokens, {row['parameters']['dtype']}"
