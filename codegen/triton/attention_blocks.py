@@ -30,14 +30,17 @@ def attend(
     keep: str,
     empty_row: str,
     scale: float,
-    block: int,
+    q_block: int,
+    k_block: int,
 ) -> Tensor:
     """Compute attention over the chosen blocks; `effcompile/ops/attention_blocks.py` says what that means."""
     parts = split_limits(keep)
-    if parts.rest != TRUE or not takes(str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3]), block):
-        return op.attention_blocks(q, k, v, chosen, loads, sizes, keep, empty_row, scale, block)
+    if parts.rest != TRUE or not takes(
+        str(q.dtype).removeprefix("torch."), max(q.shape[3], v.shape[3]), q_block, k_block
+    ):
+        return op.attention_blocks(q, k, v, chosen, loads, sizes, keep, empty_row, scale, q_block, k_block)
     extents = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    every, some = op.bounds(keep, extents, block, loads, sizes, q.device)
+    every, some = op.bounds(keep, extents, (q_block, k_block), loads, sizes, q.device)
     picked = op.within(chosen, some, extents[1])
     heads = max(picked.shape[1], every.shape[1])
     picked, every = (x.repeat_interleave(heads // x.shape[1], 1) for x in (picked, every))
@@ -45,13 +48,15 @@ def attend(
     first, last, keys = (None if x is None else x.to(q.device) for x in (limits.first, limits.last, limits.keys))
     partial, full = lists(picked & ~every), lists(picked & every)
     masks = (None, None, first, last, keys)
-    out, lse = block_sparse.attend(q, k, v, *partial, *full, *masks, None, None, -1, -1, 0, block, block, scale, 0.0)
+    out, lse = block_sparse.attend(
+        q, k, v, *partial, *full, *masks, None, None, -1, -1, 0, q_block, k_block, scale, 0.0
+    )
     dead = torch.isneginf(lse)
     if bool(dead.any()):
         op.revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
     return out
 
 
-def takes(dtype: str, width: int, block: int) -> bool:
+def takes(dtype: str, width: int, q_block: int, k_block: int) -> bool:
     """Tell whether the kernel takes a dtype, a head dimension and a block size."""
-    return dtype in WORDS and width <= launch.WIDEST and block % 16 == 0
+    return dtype in WORDS and width <= launch.WIDEST and q_block % 16 == 0 and k_block % 16 == 0

@@ -22,6 +22,7 @@ from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops import native
 from effcompile.ops.attention import define
+from effcompile.ops.blocks import listed
 from effcompile.ops.row_limits import RowLimits, split_limits, values
 
 Extents = tuple[int, int, int, int]
@@ -38,17 +39,19 @@ def attention_blocks(
     keep: str,
     empty_row: str,
     scale: float,
-    block: int,
+    q_block: int,
+    k_block: int,
 ) -> torch.Tensor:
     """Compute attention over the chosen blocks.
 
-    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, chosen `[B|1, H', ceil(Q/block), ceil(K/block)]` bool. An empty
-    row gives 0, or the mean of V where `empty_row` is "uniform". Returns `[B, Hq, Q, Dv]`.
+    q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, chosen `[B|1, H', Qb, Kb]` bool with Qb = ceil(Q / q_block)
+    and Kb = ceil(K / k_block). An empty row gives 0, or the mean of V where `empty_row` is "uniform". Returns
+    `[B, Hq, Q, Dv]`.
     """
     if q.device.type == "cpu" and q.dtype in native.DTYPES and native.library() is not None:
-        out, lse = compiled(q, k, v, chosen, loads, sizes, keep, scale, block)
+        out, lse = compiled(q, k, v, chosen, loads, sizes, keep, scale, q_block, k_block)
     else:
-        out, lse = gathered(q, k, v, chosen, loads, sizes, keep, scale, block)
+        out, lse = gathered(q, k, v, chosen, loads, sizes, keep, scale, q_block, k_block)
     dead = lse == -math.inf
     if bool(dead.any()):
         revive(out, dead, q, k, v, loads, sizes, keep, empty_row, scale)
@@ -56,13 +59,18 @@ def attention_blocks(
 
 
 def bounds(
-    keep: str, extents: Extents, block: int, loads: Sequence[torch.Tensor], sizes: Sequence[int], device: torch.device
+    keep: str,
+    extents: Extents,
+    blocks: tuple[int, int],
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (every, some) of a predicate per block, `[B|1, H|1, Qb, Kb]`; 1 where it does not depend on the axis."""
     predicate = from_json(keep)
     used = axes_of(predicate)
     lead = (extents[0] if BATCH in used else 1, extents[1] if HEAD in used else 1)
-    return block_bounds(predicate, (*lead, *extents[2:]), (block, block), loads, sizes, device)
+    return block_bounds(predicate, (*lead, *extents[2:]), blocks, loads, sizes, device)
 
 
 def within(chosen: torch.Tensor, some: torch.Tensor, heads: int) -> torch.Tensor:
@@ -84,68 +92,62 @@ def compiled(
     sizes: Sequence[int],
     keep: str,
     scale: float,
-    block: int,
+    q_block: int,
+    k_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys."""
     q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, rows, depth = q.shape
     extents = (batch, heads, rows, k.shape[2])
-    every, some = bounds(keep, extents, block, loads, sizes, q.device)
-    picked = within(chosen, some, heads)
-    counts, lists = listed(picked)
-    whole = every.to(torch.uint8).contiguous()
+    every, some = bounds(keep, extents, (q_block, k_block), loads, sizes, q.device)
+    chosen, some, every = (x.contiguous() for x in (chosen, some, every))
     parts = split_limits(keep)
     limits = values(parts, extents, loads, sizes)
-    tile_of, tiles = _tiles(parts, picked, every, extents, block, loads, sizes)
+    tile_of, tiles = _tiles(parts, chosen, some, every, extents, (q_block, k_block), loads, sizes)
     out = q.new_empty((batch, heads, rows, v.shape[3]))
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
-    shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], block]
+    shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], q_block, k_block]
     shape += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
-    shape += [picked.shape[0], picked.shape[1], every.shape[0], every.shape[1]]
+    shape += [chosen.shape[0], chosen.shape[1], every.shape[0], every.shape[1]]
     first, last = limits.first, limits.last
     cuts = max((x.shape[0] for x in (first, last) if x is not None), default=1)
     first, last = (None if x is None else x.expand(cuts, rows).contiguous() for x in (first, last))
     shape += [cuts, 1 if limits.keys is None else limits.keys.shape[0]]
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
     shape.append(torch.get_num_threads())
-    operands = [q, k, v, out, lse, counts, lists, whole, first, last, limits.keys, tile_of, tiles]
+    operands = [q, k, v, out, lse, chosen, some, every, first, last, limits.keys, tile_of, tiles]
     native.call_attention_blocks(q.dtype, shape, operands, scale)
     return out, lse
 
 
-def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (counts `[..., Qb]`, indices `[..., Qb, Kb]`) of a map, int32: FlexAttention's form, kept blocks first, in order."""
-    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return chosen.sum(-1).to(torch.int32), order.contiguous()
-
-
 def _tiles(
     parts: RowLimits,
-    picked: torch.Tensor,
+    chosen: torch.Tensor,
+    some: torch.Tensor,
     every: torch.Tensor,
     extents: Extents,
-    block: int,
+    blocks: tuple[int, int],
     loads: Sequence[torch.Tensor],
     sizes: Sequence[int],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the number of the tile of each chosen partial block, -1 where it has none, and the tiles `[N, block, block]`."""
+    """Return the number of the tile of each chosen partial block, -1 where it has none, and the tiles `[N, q_block, k_block]`."""
     if parts.rest == TRUE:
         return None, None
     used = axes_of(parts.rest)
-    needed = picked & ~every
+    needed = within(chosen, some & ~every, extents[1])
     needed = needed if BATCH in used else needed.any(0, keepdim=True)
     needed = needed if HEAD in used else needed.any(1, keepdim=True)
     places = needed.nonzero()
     number = torch.full(needed.shape, -1, dtype=torch.int32)
     number[needed] = torch.arange(len(places), dtype=torch.int32)
-    tiles = torch.empty((len(places), block, block), dtype=torch.uint8)
-    step = torch.arange(block)
+    tiles = torch.empty((len(places), *blocks), dtype=torch.uint8)
+    steps = [torch.arange(n) for n in blocks]
     for begin in range(0, len(places), _CHUNK):
         b, h, line, column = (places[begin : begin + _CHUNK, n].reshape(-1, 1, 1) for n in range(4))
-        rows = (line * block + step[:, None]).clamp(max=extents[2] - 1)
-        keys = (column * block + step[None, :]).clamp(max=extents[3] - 1)
+        rows = (line * blocks[0] + steps[0][:, None]).clamp(max=extents[2] - 1)
+        keys = (column * blocks[1] + steps[1][None, :]).clamp(max=extents[3] - 1)
         value = evaluate(parts.rest, (b, h, rows, keys), loads, sizes)
-        tiles[begin : begin + _CHUNK] = value.expand(len(b), block, block)
+        tiles[begin : begin + _CHUNK] = value.expand(len(b), *blocks)
     return number, tiles
 
 
@@ -161,20 +163,21 @@ def gathered(
     sizes: Sequence[int],
     keep: str,
     scale: float,
-    block: int,
+    q_block: int,
+    k_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather the kept keys of each block of queries and attend to them under the predicate; returns as `compiled` does."""
     predicate = from_json(keep)
     batch, heads, rows, _ = q.shape
     columns, group = k.shape[2], heads // k.shape[1]
-    _, some = bounds(keep, (batch, heads, rows, columns), block, loads, sizes, q.device)
+    _, some = bounds(keep, (batch, heads, rows, columns), (q_block, k_block), loads, sizes, q.device)
     picked = within(chosen, some, heads)
     counts, lists = listed(picked)
     counts, lists = (x.repeat_interleave(heads // picked.shape[1], 1) for x in (counts, lists))
     counts, lists = counts.expand(batch, -1, -1), lists.expand(batch, -1, -1, -1)
     out = q.new_zeros((batch, heads, rows, v.shape[3]))
     lse = torch.full((batch, heads, rows), -math.inf, dtype=torch.float32, device=q.device)
-    step = torch.arange(block, device=q.device)
+    q_step, k_step = (torch.arange(n, device=q.device) for n in (q_block, k_block))
     order = counts.reshape(-1).argsort(stable=True)
     lines = counts.shape[2]
     for begin in range(0, len(order), _CHUNK):
@@ -185,13 +188,13 @@ def gathered(
             continue
         columns_of = lists[b, h, line, :most].long()
         valid = torch.arange(most, device=q.device) < counts[b, h, line][:, None]
-        keys = (columns_of[:, :, None] * block + step).flatten(1)
-        valid = valid[:, :, None].expand(-1, -1, block).flatten(1) & (keys < columns)
+        keys = (columns_of[:, :, None] * k_block + k_step).flatten(1)
+        valid = valid[:, :, None].expand(-1, -1, k_block).flatten(1) & (keys < columns)
         keys = keys.clamp(max=columns - 1)
-        mine = line[:, None] * block + step
+        mine = line[:, None] * q_block + q_step
         inside, mine = mine < rows, mine.clamp(max=rows - 1)
         axes = (b[:, None, None], h[:, None, None], mine[:, :, None], keys[:, None, :])
-        kept = evaluate(predicate, axes, loads, sizes).expand(len(pair), block, keys.shape[1]) & valid[:, None, :]
+        kept = evaluate(predicate, axes, loads, sizes).expand(len(pair), q_block, keys.shape[1]) & valid[:, None, :]
         one = (b[:, None], h[:, None], mine)
         keys_of = (b[:, None], h[:, None] // group, keys)
         scores = torch.matmul(q[one].to(_wide(q)), k[keys_of].to(_wide(q)).transpose(-1, -2)) * scale
@@ -199,7 +202,7 @@ def gathered(
         total = scores.logsumexp(-1)
         probs = torch.where(total[..., None] == -math.inf, 0.0, (scores - total[..., None]).exp())
         found = torch.matmul(probs.to(v.dtype), v[keys_of])
-        b, h = (x[:, None].expand(-1, block)[inside] for x in (b, h))
+        b, h = (x[:, None].expand(-1, q_block)[inside] for x in (b, h))
         out[b, h, mine[inside]] = found[inside]
         lse[b, h, mine[inside]] = total[inside].float()
     return out, lse
@@ -267,7 +270,7 @@ def register() -> None:
     define(
         "eff::attention_blocks_v1",
         "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor[] loads, SymInt[] sizes, str keep, str empty_row, float scale, "
-        "int block) -> Tensor",
+        "int q_block, int k_block) -> Tensor",
         attention_blocks,
         _fake,
     )

@@ -223,10 +223,11 @@ def block_map(
     extents = (batch if BATCH in used else 1, heads if HEAD in used else 1, rows, columns)
     every, some = block_bounds(predicate, extents, (block, block), loads, sizes, device)
     partial = some & ~every
-    return (*_listed(partial), *_listed(every))
+    return (*listed(partial), *listed(every))
 
 
-def _listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (counts `[..., Qb]`, indices `[..., Qb, Kb]`) of a map, int32: chosen blocks first and in order."""
     order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     return chosen.sum(-1).to(torch.int32), order.contiguous()
 

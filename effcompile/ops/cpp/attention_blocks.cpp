@@ -1,8 +1,8 @@
 // Attention over a block map on CPU. effcompile/ops/native.py compiles this once, with TorchInductor's flags, and calls it.
 //
-// One pass over the kept blocks of each block of queries, with running maximum and sum. Keys and values of one head are packed
-// into panels of NR columns, so that a tile of MR x NR results stays in registers; products of bfloat16 run on dot-product
-// instructions where the processor has them, else in float. No result depends on the number of threads.
+// One pass over the kept blocks of each block of queries, several at a time, with running maximum and sum. Keys and values of one
+// head are packed into panels of NR columns, so that a tile of MR x NR results stays in registers; products of bfloat16 run on
+// dot-product instructions where the processor has them, else in float. No result depends on the number of threads.
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -15,8 +15,7 @@
 #include <limits>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 #define EFF_DOT_BF16 1
 #else
 #define EFF_DOT_BF16 0
@@ -28,107 +27,135 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int W = Vec::size();
 constexpr int NR = 2 * W;
 constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 8;
+constexpr int CHUNK = 256;  // columns of scores that exist at a time
 constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Problem {
-  int64_t batch, heads, kv_heads, rows, columns, depth, width, block;
+  int64_t batch, heads, kv_heads, rows, columns, depth, width, q_block, k_block;
   int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position; the last dimension is contiguous
   int64_t map_batch, map_heads, mask_batch, mask_heads, limit_batch, pad_batch, tile_batch, tile_heads;
   int64_t q_blocks, k_blocks, threads;
-  const int32_t* counts;   // [map_batch, map_heads, q_blocks]
-  const int32_t* lists;    // [map_batch, map_heads, q_blocks, k_blocks]
-  const uint8_t* whole;    // [mask_batch, mask_heads, q_blocks, k_blocks]: every pair of the block is kept
+  const uint8_t* chosen;   // [map_batch, map_heads, q_blocks, k_blocks]: blocks to compute
+  const uint8_t* some;     // [mask_batch, mask_heads, q_blocks, k_blocks]: some pair of the block may be kept
+  const uint8_t* whole;    // the same shape: every pair of the block is kept
   const int32_t* first;    // [limit_batch, rows]: least kept key, or null
   const int32_t* last;     // [limit_batch, rows]: largest kept key, or null
   const uint8_t* pad;      // [pad_batch, columns]: kept keys, or null
   const int32_t* tile_of;  // [tile_batch, tile_heads, q_blocks, k_blocks]: number of a tile or -1; or null
-  const uint8_t* tiles;    // [tiles, block, block]
+  const uint8_t* tiles;    // [tiles, q_block, k_block]
   float scale;
 };
 
+// A register of W floats. Arrays of at::vec's own class do not stay in registers in nested loops (GCC 12), those of the bare type do.
+#if defined(CPU_CAPABILITY_AVX512)
+using Reg = __m512;
+inline Reg load(const float* p) { return _mm512_loadu_ps(p); }
+inline Reg every(float x) { return _mm512_set1_ps(x); }
+inline Reg times(Reg x, Reg y) { return _mm512_mul_ps(x, y); }
+inline Reg plus_product(Reg sum, Reg x, Reg y) { return _mm512_fmadd_ps(x, y, sum); }
+inline void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
+#elif defined(CPU_CAPABILITY_AVX2)
+using Reg = __m256;
+inline Reg load(const float* p) { return _mm256_loadu_ps(p); }
+inline Reg every(float x) { return _mm256_set1_ps(x); }
+inline Reg times(Reg x, Reg y) { return _mm256_mul_ps(x, y); }
+inline Reg plus_product(Reg sum, Reg x, Reg y) { return _mm256_fmadd_ps(x, y, sum); }
+inline void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+#else
+using Reg = Vec;
+inline Reg load(const float* p) { return Vec::loadu(p); }
+inline Reg every(float x) { return Vec(x); }
+inline Reg times(Reg x, Reg y) { return x * y; }
+inline Reg plus_product(Reg sum, Reg x, Reg y) { return at::vec::fmadd(x, y, sum); }
+inline void store(float* p, Reg x) { x.store(p); }
+#endif
+
 int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// --- float ---------------------------------------------------------------------------------------------------------------
+// A product of `count` pieces: c[rows, NR] (+)= sum over n of a[rows, n * step ...] * b[n][depth[n], NR].
+template <typename T>
+struct Pieces {
+  const T* const* b;
+  const int32_t* depth;
+  int64_t count, step;
+};
+
+// --- tiles of M x NR results; `alpha` scales what c holds, null overwrites it ------------------------------------------------
 
 template <int M>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, const float* alpha) {
-  Vec sum[M][2];
+inline void begin(Reg (&sum)[M][2], const float* c, int64_t ldc, const float* alpha) {
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    if (alpha) {
-      Vec by(alpha[i]);
-      sum[i][0] = Vec::loadu(c + i * ldc) * by;
-      sum[i][1] = Vec::loadu(c + i * ldc + W) * by;
-    } else {
-      sum[i][0] = Vec(0.f);
-      sum[i][1] = Vec(0.f);
-    }
+    sum[i][0] = alpha ? times(load(c + i * ldc), every(alpha[i])) : every(0.f);
+    sum[i][1] = alpha ? times(load(c + i * ldc + W), every(alpha[i])) : every(0.f);
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    const Vec b0 = Vec::loadu(b + k * NR), b1 = Vec::loadu(b + k * NR + W);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const Vec x(a[i * lda + k]);
-      sum[i][0] = at::vec::fmadd(x, b0, sum[i][0]);
-      sum[i][1] = at::vec::fmadd(x, b1, sum[i][1]);
-    }
-  }
+}
+
+template <int M>
+inline void end(const Reg (&sum)[M][2], float* c, int64_t ldc) {
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
-    sum[i][0].store(c + i * ldc);
-    sum[i][1].store(c + i * ldc + W);
+    store(c + i * ldc, sum[i][0]);
+    store(c + i * ldc + W, sum[i][1]);
   }
+}
+
+template <int M>
+inline void tile(const float* a, int64_t lda, const Pieces<float>& p, float* c, int64_t ldc, const float* alpha) {
+  Reg sum[M][2];
+  begin<M>(sum, c, ldc, alpha);
+  for (int64_t n = 0; n < p.count; ++n, a += p.step) {
+    const float* b = p.b[n];
+    const int64_t depth = p.depth[n];
+    for (int64_t k = 0; k < depth; ++k) {
+      const Reg b0 = load(b + k * NR), b1 = load(b + k * NR + W);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const Reg x = every(a[i * lda + k]);
+        sum[i][0] = plus_product(sum[i][0], x, b0);
+        sum[i][1] = plus_product(sum[i][1], x, b1);
+      }
+    }
+  }
+  end<M>(sum, c, ldc);
 }
 
 #if EFF_DOT_BF16
 template <int M>
-inline void tile(const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t depth, float* c, int64_t ldc,
-                 const float* alpha) {
-  __m512 sum[M][2];
+inline void tile(const at::BFloat16* a, int64_t lda, const Pieces<at::BFloat16>& p, float* c, int64_t ldc, const float* alpha) {
+  Reg sum[M][2];
+  begin<M>(sum, c, ldc, alpha);
+  for (int64_t n = 0; n < p.count; ++n, a += p.step) {
+    const at::BFloat16* b = p.b[n];
+    const int64_t depth = p.depth[n];
+    for (int64_t k = 0; k < depth; k += 2) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + k * NR), b1 = (__m512bh)_mm512_loadu_si512(b + k * NR + NR);
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    if (alpha) {
-      const __m512 by = _mm512_set1_ps(alpha[i]);
-      sum[i][0] = _mm512_mul_ps(_mm512_loadu_ps(c + i * ldc), by);
-      sum[i][1] = _mm512_mul_ps(_mm512_loadu_ps(c + i * ldc + W), by);
-    } else {
-      sum[i][0] = _mm512_setzero_ps();
-      sum[i][1] = _mm512_setzero_ps();
+      for (int i = 0; i < M; ++i) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * lda + k));
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
+      }
     }
   }
-  for (int64_t k = 0; k < depth; k += 2) {
-    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + k * NR), b1 = (__m512bh)_mm512_loadu_si512(b + k * NR + NR);
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(a + i * lda + k));
-      sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
-      sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    _mm512_storeu_ps(c + i * ldc, sum[i][0]);
-    _mm512_storeu_ps(c + i * ldc + W, sum[i][1]);
-  }
+  end<M>(sum, c, ldc);
 }
 #endif
 
 template <int M, typename T>
-inline void edge(int64_t left, const T* a, int64_t lda, const T* b, int64_t depth, float* c, int64_t ldc,
-                 const float* alpha) {
+inline void edge(int64_t left, const T* a, int64_t lda, const Pieces<T>& p, float* c, int64_t ldc, const float* alpha) {
   if (left == M) {
-    tile<M>(a, lda, b, depth, c, ldc, alpha);
+    tile<M>(a, lda, p, c, ldc, alpha);
   } else if constexpr (M > 1) {
-    edge<M - 1>(left, a, lda, b, depth, c, ldc, alpha);
+    edge<M - 1>(left, a, lda, p, c, ldc, alpha);
   }
 }
 
-// c[rows, NR] = a[rows, depth] * b[depth, NR], added to alpha * c where alpha is given.
 template <typename T>
-void panel(int64_t rows, const T* a, int64_t lda, const T* b, int64_t depth, float* c, int64_t ldc, const float* alpha) {
+void panel(int64_t rows, const T* a, int64_t lda, const Pieces<T>& p, float* c, int64_t ldc, const float* alpha) {
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) tile<MR>(a + i * lda, lda, b, depth, c + i * ldc, ldc, alpha ? alpha + i : nullptr);
-  if (i < rows) edge<MR>(rows - i, a + i * lda, lda, b, depth, c + i * ldc, ldc, alpha ? alpha + i : nullptr);
+  for (; i + MR <= rows; i += MR) tile<MR>(a + i * lda, lda, p, c + i * ldc, ldc, alpha ? alpha + i : nullptr);
+  if (i < rows) edge<MR>(rows - i, a + i * lda, lda, p, c + i * ldc, ldc, alpha ? alpha + i : nullptr);
 }
 
 // --- packing: panels [n / NR][depth][NR] of float, or [n / NR][depth / 2][NR][2] of bfloat16 -------------------------------
@@ -141,26 +168,35 @@ inline int64_t place(at::BFloat16, int64_t depth, int64_t k, int64_t n) {
 // Columns of the panel are positions: the transpose of `source`.
 template <typename S, typename T>
 void pack_keys(const S* source, int64_t stride, int64_t count, int64_t width, int64_t depth, int64_t block, T* out) {
-  std::fill(out, out + depth * up(block, NR), T(0));
-  for (int64_t n = 0; n < count; ++n) {
-    T* column = out + place(T(0), depth, 0, n);
-    const S* row = source + n * stride;
-    constexpr bool pairs = std::is_same_v<T, at::BFloat16>;
-    for (int64_t k = 0; k < width; ++k) column[pairs ? (k / 2) * 2 * NR + k % 2 : k * NR] = static_cast<T>(static_cast<float>(row[k]));
+  constexpr bool pairs = std::is_same_v<T, at::BFloat16>;
+  if (count < up(block, NR) || width < depth) std::fill(out, out + depth * up(block, NR), T(0));
+  for (int64_t n = 0; n < count; n += NR) {
+    T* to = out + place(T(0), depth, 0, n);
+    const S* from = source + n * stride;
+    const int64_t many = std::min<int64_t>(NR, count - n);
+    for (int64_t k = 0; k < width; ++k) {
+      T* line = to + (pairs ? (k / 2) * 2 * NR + k % 2 : k * NR);
+      for (int64_t i = 0; i < many; ++i) line[pairs ? 2 * i : i] = static_cast<T>(static_cast<float>(from[i * stride + k]));
+    }
   }
 }
 
 // Columns of the panel are the components of a value.
 template <typename S, typename T>
 void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, int64_t block, T* out) {
+  constexpr int step = std::is_same_v<T, at::BFloat16> ? 2 : 1;
   const int64_t wide = up(width, NR), depth = up(block, 2);
-  std::fill(out, out + wide * depth, T(0));
+  if (count < depth || width < wide) std::fill(out, out + wide * depth, T(0));
   for (int64_t k = 0; k < count; ++k) {
     const S* row = source + k * stride;
     for (int64_t n = 0; n < width; n += NR) {
       T* to = out + place(T(0), depth, k, n);
-      constexpr int step = std::is_same_v<T, at::BFloat16> ? 2 : 1;
-      for (int64_t i = 0; i < std::min<int64_t>(NR, width - n); ++i) to[i * step] = static_cast<T>(static_cast<float>(row[n + i]));
+      const int64_t many = std::min<int64_t>(NR, width - n);
+      if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
+        std::copy(row + n, row + n + many, to);
+      } else {
+        for (int64_t i = 0; i < many; ++i) to[i * step] = static_cast<T>(static_cast<float>(row[n + i]));
+      }
     }
   }
 }
@@ -170,17 +206,19 @@ void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, 
 struct Scratch {
   std::vector<float> scores, sums, largest, total, alpha;
   std::vector<char> queries, probs;
+  std::vector<const void*> pieces;
+  std::vector<int32_t> depths, list;
 };
 
 void mask_tile(const Problem& p, int64_t b, int64_t h, int64_t qb, int64_t kb, int64_t rows, int64_t count, float* s, int64_t lds) {
-  const int64_t begin = kb * p.block;
-  const int32_t* first = p.first ? p.first + (b % p.limit_batch) * p.rows + qb * p.block : nullptr;
-  const int32_t* last = p.last ? p.last + (b % p.limit_batch) * p.rows + qb * p.block : nullptr;
+  const int64_t begin = kb * p.k_block;
+  const int32_t* first = p.first ? p.first + (b % p.limit_batch) * p.rows + qb * p.q_block : nullptr;
+  const int32_t* last = p.last ? p.last + (b % p.limit_batch) * p.rows + qb * p.q_block : nullptr;
   const uint8_t* pad = p.pad ? p.pad + (b % p.pad_batch) * p.columns + begin : nullptr;
   const uint8_t* bits = nullptr;
   if (p.tile_of) {
     const int64_t at = (((b % p.tile_batch) * p.tile_heads + h % p.tile_heads) * p.q_blocks + qb) * p.k_blocks + kb;
-    if (p.tile_of[at] >= 0) bits = p.tiles + static_cast<int64_t>(p.tile_of[at]) * p.block * p.block;
+    if (p.tile_of[at] >= 0) bits = p.tiles + static_cast<int64_t>(p.tile_of[at]) * p.q_block * p.k_block;
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* row = s + i * lds;
@@ -191,7 +229,7 @@ void mask_tile(const Problem& p, int64_t b, int64_t h, int64_t qb, int64_t kb, i
     if (pad)
       for (int64_t j = 0; j < count; ++j) row[j] = pad[j] ? row[j] : NEG;
     if (bits)
-      for (int64_t j = 0; j < count; ++j) row[j] = bits[i * p.block + j] ? row[j] : NEG;
+      for (int64_t j = 0; j < count; ++j) row[j] = bits[i * p.k_block + j] ? row[j] : NEG;
   }
 }
 
@@ -204,17 +242,23 @@ inline void store_row(at::BFloat16* to, const Vec& value, int64_t at) {
 #endif
 }
 
+// How wide the scores of a chunk are: blocks are taken together until they have this many columns.
+int64_t chunk_of(const Problem& p) { return std::max<int64_t>(1, CHUNK / up(p.k_block, NR)); }
+
 template <typename S, typename T>
 void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out, float* lse, int64_t b, int64_t h, int64_t qb,
             Scratch& own) {
-  const int64_t rows = std::min(p.block, p.rows - qb * p.block);
-  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), lds = up(p.block, NR) + W, deep = up(p.block, 2);
+  const int64_t rows = std::min(p.q_block, p.rows - qb * p.q_block);
+  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), each = up(p.k_block, NR), deep = up(p.k_block, 2);
+  const int64_t most = chunk_of(p), lds = most * each + W;
   T* queries = reinterpret_cast<T*>(own.queries.data());
   float *scores = own.scores.data(), *sums = own.sums.data();
   // Probabilities of float replace their scores; narrower ones have rows of their own.
   T* probs = std::is_same_v<T, float> ? reinterpret_cast<T*>(scores) : reinterpret_cast<T*>(own.probs.data());
   float *largest = own.largest.data(), *total = own.total.data(), *alpha = own.alpha.data();
-  const S* from = q + b * p.q_stride[0] + h * p.q_stride[1] + qb * p.block * p.q_stride[2];
+  const T** pieces = reinterpret_cast<const T**>(own.pieces.data());
+  int32_t* depths = own.depths.data();
+  const S* from = q + b * p.q_stride[0] + h * p.q_stride[1] + qb * p.q_block * p.q_stride[2];
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t k = 0; k < p.depth; ++k) queries[i * depth + k] = static_cast<T>(static_cast<float>(from[i * p.q_stride[2] + k]));
     for (int64_t k = p.depth; k < depth; ++k) queries[i * depth + k] = T(0);
@@ -222,29 +266,41 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
   std::fill(largest, largest + rows, NEG);
   std::fill(total, total + rows, 0.f);
   std::fill(sums, sums + rows * wide, 0.f);
-  const int64_t line = ((b % p.map_batch) * p.map_heads + h * p.map_heads / p.heads) * p.q_blocks + qb;
-  const uint8_t* whole =
-      p.whole + (((b % p.mask_batch) * p.mask_heads + h % p.mask_heads) * p.q_blocks + qb) * p.k_blocks;
+  const uint8_t* chosen =
+      p.chosen + (((b % p.map_batch) * p.map_heads + h * p.map_heads / p.heads) * p.q_blocks + qb) * p.k_blocks;
+  const int64_t line = (((b % p.mask_batch) * p.mask_heads + h % p.mask_heads) * p.q_blocks + qb) * p.k_blocks;
+  const uint8_t *some = p.some + line, *whole = p.whole + line;
+  int64_t left = 0;
+  for (int64_t n = 0; n < p.k_blocks; ++n)
+    if (chosen[n] && some[n]) own.list[left++] = static_cast<int32_t>(n);
   const Vec scale(p.scale);
-  for (int64_t n = 0; n < p.counts[line]; ++n) {
-    const int64_t kb = p.lists[line * p.k_blocks + n];
-    const int64_t count = std::min(p.block, p.columns - kb * p.block), padded = up(count, NR);
-    const T* key = keys + kb * depth * up(p.block, NR);
-    const T* value = values + kb * deep * wide;
-    for (int64_t j = 0; j < padded; j += NR) panel(rows, queries, depth, key + j * depth, depth, scores + j, lds, nullptr);
-    if (!whole[kb]) mask_tile(p, b, h, qb, kb, rows, count, scores, lds);
+  const int32_t full = static_cast<int32_t>(depth);
+  for (int64_t n = 0; n < left; n += most) {
+    const int64_t many = std::min(most, left - n), width = many * each;
+    const int32_t* list = own.list.data() + n;
+    for (int64_t m = 0; m < many; ++m) {
+      const int64_t kb = list[m], count = std::min(p.k_block, p.columns - kb * p.k_block);
+      float* s = scores + m * each;
+      for (int64_t j = 0; j < each; j += NR) {
+        const T* key = keys + kb * depth * each + j * depth;
+        panel(rows, queries, depth, Pieces<T>{&key, &full, 1, 0}, s + j, lds, nullptr);
+      }
+      if (!whole[kb]) mask_tile(p, b, h, qb, kb, rows, count, s, lds);
+      if (count < each)
+        for (int64_t i = 0; i < rows; ++i) std::fill(s + i * lds + count, s + i * lds + each, NEG);
+      depths[m] = static_cast<int32_t>(up(count, 2));
+    }
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * lds;
       T* prob = probs + i * lds;
-      for (int64_t j = count; j < padded; ++j) row[j] = NEG;
-      Vec most(NEG);
-      for (int64_t j = 0; j < padded; j += W) most = at::vec::maximum(most, Vec::loadu(row + j));
-      float top = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, most);
+      Vec most_of(NEG);
+      for (int64_t j = 0; j < width; j += W) most_of = at::vec::maximum(most_of, Vec::loadu(row + j));
+      float top = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, most_of);
       top = std::max(largest[i], top * p.scale);  // the scale is positive
       const float shift = top == NEG ? 0.f : top;
       const Vec by(-shift);
       Vec sum(0.f);
-      for (int64_t j = 0; j < padded; j += W) {
+      for (int64_t j = 0; j < width; j += W) {
         const Vec e = at::vec::fmadd(Vec::loadu(row + j), scale, by).exp_u20();
         sum = sum + e;
         store_row(prob, e, j);
@@ -253,10 +309,13 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
       total[i] = total[i] * alpha[i] + at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
       largest[i] = top;
     }
-    for (int64_t j = 0; j < wide; j += NR) panel(rows, probs, lds, value + j * deep, up(count, 2), sums + j, wide, alpha);
+    for (int64_t j = 0; j < wide; j += NR) {
+      for (int64_t m = 0; m < many; ++m) pieces[m] = values + list[m] * deep * wide + j * deep;
+      panel(rows, probs, lds, Pieces<T>{pieces, depths, many, each}, sums + j, wide, n ? alpha : nullptr);
+    }
   }
-  S* to = out + ((b * p.heads + h) * p.rows + qb * p.block) * p.width;
-  float* log = lse + (b * p.heads + h) * p.rows + qb * p.block;
+  S* to = out + ((b * p.heads + h) * p.rows + qb * p.q_block) * p.width;
+  float* log = lse + (b * p.heads + h) * p.rows + qb * p.q_block;
   for (int64_t i = 0; i < rows; ++i) {
     const float by = total[i] > 0.f ? 1.f / total[i] : 0.f;
     for (int64_t j = 0; j < p.width; ++j) to[i * p.width + j] = static_cast<S>(sums[i * wide + j] * by);
@@ -264,31 +323,47 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
   }
 }
 
+// Whether any block of queries of a group of heads reads a block of keys: a decode step packs the few pages that it reads.
+bool is_read(const Problem& p, int64_t b, int64_t g, int64_t kb) {
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+    const uint8_t* chosen = p.chosen + ((b % p.map_batch) * p.map_heads + h * p.map_heads / p.heads) * p.q_blocks * p.k_blocks + kb;
+    const uint8_t* some = p.some + ((b % p.mask_batch) * p.mask_heads + h % p.mask_heads) * p.q_blocks * p.k_blocks + kb;
+    for (int64_t qb = 0; qb < p.q_blocks; ++qb)
+      if (chosen[qb * p.k_blocks] && some[qb * p.k_blocks]) return true;
+  }
+  return false;
+}
+
 template <typename S, typename T>
 void run(const Problem& p, const void* q_, const void* k_, const void* v_, void* out_, float* lse) {
   const S *q = static_cast<const S*>(q_), *k = static_cast<const S*>(k_), *v = static_cast<const S*>(v_);
   S* out = static_cast<S*>(out_);
-  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), group = p.heads / p.kv_heads, lds = up(p.block, NR) + W;
-  const int64_t key_block = depth * up(p.block, NR), value_block = up(p.block, 2) * wide;
+  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), group = p.heads / p.kv_heads, each = up(p.k_block, NR);
+  const int64_t key_block = depth * each, value_block = up(p.k_block, 2) * wide, lds = chunk_of(p) * each + W;
   std::vector<T> keys(p.k_blocks * key_block), values(p.k_blocks * value_block);
 #pragma omp parallel num_threads(p.threads)
   {
     Scratch own;
-    own.scores.resize(p.block * lds);
-    own.probs.resize(p.block * lds * sizeof(T));
-    own.queries.resize(p.block * depth * sizeof(T));
-    own.sums.resize(p.block * wide);
-    own.largest.resize(p.block);
-    own.total.resize(p.block);
-    own.alpha.resize(p.block);
+    own.scores.resize(p.q_block * lds);
+    own.probs.resize(p.q_block * lds * sizeof(T));
+    own.queries.resize(p.q_block * depth * sizeof(T));
+    own.sums.resize(p.q_block * wide);
+    own.largest.resize(p.q_block);
+    own.total.resize(p.q_block);
+    own.alpha.resize(p.q_block);
+    own.pieces.resize(chunk_of(p));
+    own.depths.resize(chunk_of(p));
+    own.list.resize(p.k_blocks);
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t g = 0; g < p.kv_heads; ++g) {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < p.k_blocks; ++n) {
-          const int64_t count = std::min(p.block, p.columns - n * p.block), at = n * p.block;
+          if (!is_read(p, b, g, n)) continue;
+          const int64_t count = std::min(p.k_block, p.columns - n * p.k_block), at = n * p.k_block;
           pack_keys(k + b * p.k_stride[0] + g * p.k_stride[1] + at * p.k_stride[2], p.k_stride[2], count, p.depth, depth,
-                    p.block, keys.data() + n * key_block);
-          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + at * p.v_stride[2], p.v_stride[2], count, p.width, p.block,
+                    p.k_block, keys.data() + n * key_block);
+          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + at * p.v_stride[2], p.v_stride[2], count, p.width, p.k_block,
                       values.data() + n * value_block);
         }
 #pragma omp for schedule(dynamic, 1)
@@ -308,17 +383,17 @@ void run(const Problem& p, const void* q_, const void* k_, const void* v_, void*
 extern "C" void eff_attention_blocks(int64_t dtype, const int64_t* sizes, const void* const* pointers, float scale) {
   Problem p{};
   int64_t at = 0;
-  for (int64_t* field : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.columns, &p.depth, &p.width, &p.block}) *field = sizes[at++];
+  for (int64_t* field : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.columns, &p.depth, &p.width, &p.q_block, &p.k_block}) *field = sizes[at++];
   for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride})
     for (int i = 0; i < 3; ++i) stride[i] = sizes[at++];
   for (int64_t* field : {&p.map_batch, &p.map_heads, &p.mask_batch, &p.mask_heads, &p.limit_batch, &p.pad_batch, &p.tile_batch,
                          &p.tile_heads, &p.threads})
     *field = sizes[at++];
-  p.q_blocks = (p.rows + p.block - 1) / p.block;
-  p.k_blocks = (p.columns + p.block - 1) / p.block;
+  p.q_blocks = (p.rows + p.q_block - 1) / p.q_block;
+  p.k_blocks = (p.columns + p.k_block - 1) / p.k_block;
   p.scale = scale;
-  p.counts = static_cast<const int32_t*>(pointers[5]);
-  p.lists = static_cast<const int32_t*>(pointers[6]);
+  p.chosen = static_cast<const uint8_t*>(pointers[5]);
+  p.some = static_cast<const uint8_t*>(pointers[6]);
   p.whole = static_cast<const uint8_t*>(pointers[7]);
   p.first = static_cast<const int32_t*>(pointers[8]);
   p.last = static_cast<const int32_t*>(pointers[9]);

@@ -40,7 +40,7 @@ def call(
         draw((2, 1, keys, 24), dtype, seed + 1),
         draw((2, 1, keys, 24), dtype, seed + 2),
     )
-    return q, k, v, chosen, [padding, places], [], to_json(PREDICATES[name]), "zero", 0.3, 16
+    return q, k, v, chosen, [padding, places], [], to_json(PREDICATES[name]), "zero", 0.3, 16, 16
 
 
 @given(
@@ -69,7 +69,7 @@ def test_a_row_that_the_map_empties_gets_what_the_mask_keeps() -> None:
 
 
 def test_what_the_kernel_does_not_take() -> None:
-    assert kernel.takes("bfloat16", 128, 64)
-    assert not kernel.takes("float64", 128, 64)
-    assert not kernel.takes("bfloat16", 320, 64)
-    assert not kernel.takes("bfloat16", 128, 40)
+    assert kernel.takes("bfloat16", 128, 64, 64)
+    assert not kernel.takes("float64", 128, 64, 64)
+    assert not kernel.takes("bfloat16", 320, 64, 64)
+    assert not kernel.takes("bfloat16", 128, 64, 40)
