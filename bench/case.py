@@ -100,6 +100,8 @@ class Case(ABC):
     """What `--dtypes` can name."""
     headline: ClassVar[bool] = True
     """Whether the README shows the case; tables of kernels are for the planner."""
+    adds_arms: ClassVar[bool] = False
+    """Whether arms that are asked for join those of a stored row, instead of replacing it."""
 
     @abstractmethod
     def arms(self, device: str) -> tuple[str, ...]:

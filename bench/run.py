@@ -90,7 +90,9 @@ def _run_case(
     with _watch(case.name, len(rows), len(arms) * (settings.rounds + settings.warmup), progress) as begin:
         for row in rows:
             measured = case.measure(row, settings, begin(row.id))
-            document = store.merge(document, facts, measured, order)
+            # A table has a row for each problem, to which a new kernel is added without measuring the others again.
+            add = bool(settings.arms) and case.adds_arms
+            document = store.merge(document, facts, measured, order, add_arms=add)
             fresh = store.merge(fresh, facts, measured)
             if path is not None:
                 store.write(path, document)

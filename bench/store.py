@@ -53,19 +53,31 @@ def merge(
     manifest: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
     order: Sequence[str] = (),
+    *,
+    add_arms: bool = False,
 ) -> dict[str, Any]:
     """Return the document with the rows of one run: a row of the same id is replaced, manifests without rows go.
 
-    Rows stand in the given order of ids, others after them in the order in which they were measured first.
+    Rows stand in the given order of ids, others after them in the order in which they were measured first. With `add_arms` a row
+    keeps the arms that were not measured anew; those that were name their run.
     """
     run = str(manifest["date"])
     new = {row["id"]: {**row, "run": run} for row in rows}
+    if add_arms:
+        new |= {row["id"]: _with_arms(row, new[row["id"]]) for row in document["rows"] if row["id"] in new}
     kept = [new.pop(row["id"], row) for row in document["rows"]] + list(new.values())
     places = {name: place for place, name in enumerate(order)}
     kept.sort(key=lambda row: places.get(row["id"], len(places)))
     runs = {**document["runs"], run: dict(manifest)}
-    used = {row["run"] for row in kept}
+    used = {row["run"] for row in kept} | {arm.get("run") for row in kept for arm in row["arms"].values()}
     return {**document, "runs": {name: runs[name] for name in runs if name in used}, "rows": kept}
+
+
+def _with_arms(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the arms of both; ratios between arms of different runs mean nothing and are left out."""
+    arms = {name: {**arm, "run": new["run"]} for name, arm in new["arms"].items()}
+    ratios = [item for item in old["ratios"] if not {item["arm"], item["to"]} & set(arms)]
+    return {**old, "arms": {**old["arms"], **arms}, "ratios": [*ratios, *new["ratios"]]}
 
 
 def read(path: Path) -> dict[str, Any]:

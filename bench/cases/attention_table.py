@@ -17,8 +17,9 @@ from bench.table_case import Kernel, seeded
 from effcompile.core.expr import BATCH, BOOL, KEY, QUERY, TRUE, Expr, apply, axis, const, load
 from effcompile.core.expr_eval import evaluate, to_json
 from effcompile.core.intervals import block_bounds
+from effcompile.ops.tiled import K_BLOCK, Q_BLOCK
 
-KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "flex", "math")
+KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "tiled", "flex", "math")
 SQUARE = ("full", "causal", "window", "padding", "causal-padding", "documents")
 DECODE = ("decode", "decode-mask")
 MASKS = (*SQUARE, *DECODE)
@@ -32,6 +33,7 @@ class AttentionTable(Case):
     name: ClassVar[str] = "attention-table"
     title: ClassVar[str] = "Attention kernels"
     headline: ClassVar[bool] = False
+    adds_arms: ClassVar[bool] = True
     about: ClassVar[str] = (
         "GFLOP/s over the (query, key) pairs that a kernel visits (useful_gflops: over those the mask keeps). Batch "
         "2, 9 query and 3 key/value heads; window 256; half of the positions are padding on the left (3/4 and 1/4 "
@@ -151,6 +153,7 @@ class Problem:
             else "not causal alone",
             "padded": "the mask is not key padding",
             "blocked": "there is no mask",
+            "tiled": "one query",
             "flex": self._kernel(self._flex, self.visited((_FLEX_BLOCK, _FLEX_BLOCK)))
             if mask is not None and self.extents[2] > 1
             else "no mask, or one query",
@@ -173,6 +176,13 @@ class Problem:
             found["blocked"] = self._kernel(
                 lambda: lambda: blocked(self.q, self.k, self.v, None, loads, [], text, "zero", scale),
                 self.visited((256, 64)),
+            )
+        if self.extents[2] > 1:
+            tiled = torch.ops.eff.attention_tiled_v1
+            keep, more = to_json(self.predicate), list(self.loads)
+            found["tiled"] = self._kernel(
+                lambda: lambda: tiled(self.q, self.k, self.v, None, more, [], keep, "zero", scale),
+                self.visited((Q_BLOCK, K_BLOCK)),
             )
         return found
 

@@ -35,6 +35,7 @@ class LinearTable(Case):
     name: ClassVar[str] = "linear-table"
     title: ClassVar[str] = "Linear layers"
     headline: ClassVar[bool] = False
+    adds_arms: ClassVar[bool] = True
     about: ClassVar[str] = (
         "GFLOP/s of aten.linear (the BLAS that torch links) and of eff::linear (oneDNN, weight packed inside the call)."
     )

@@ -25,10 +25,11 @@ def register() -> None:
         mask_tensor,
         packing,
         paged_decode,
+        tiled,
     )
 
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
-    for module in (attention, attention_blocks, blocks, linear, mask_tensor, packing, *with_kernels):
+    for module in (attention, attention_blocks, blocks, linear, mask_tensor, packing, tiled, *with_kernels):
         module.register()
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}

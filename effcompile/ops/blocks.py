@@ -81,7 +81,7 @@ def _padded_slice(
     if begin == end:
         first = rows
     if first:
-        out[:, :, :first] = _empty(v, group, empty_row, sinks)
+        out[:, :, :first] = empty_rows(v, group, empty_row, sinks)
     if begin == end:
         return
     keys, values = k[:, :, begin:end], v[:, :, begin:end]
@@ -116,7 +116,7 @@ def _sdpa(
     )
 
 
-def _empty(v: torch.Tensor, group: int, rule: str, sinks: torch.Tensor | None) -> torch.Tensor:
+def empty_rows(v: torch.Tensor, group: int, rule: str, sinks: torch.Tensor | None) -> torch.Tensor:
     """Return what a row without keys gives: `[B, Hq, 1, Dv]`."""
     if rule == "uniform":
         row = v.mean(2, keepdim=True, dtype=torch.float32).to(v.dtype).repeat_interleave(group, 1)
@@ -155,13 +155,13 @@ def attention_blocked(
             tile = None if whole else _tile(predicate, part, lines, (begin, end), q, loads, sizes)
             mine = out[part, :, lines]
             if begin == end:
-                mine[:] = _empty(v[part], heads // k.shape[1], empty_row, sinks)
+                mine[:] = empty_rows(v[part], heads // k.shape[1], empty_row, sinks)
                 continue
             mine[:] = _sdpa(q[part, :, lines], k[part, :, begin:end], v[part, :, begin:end], tile, False, scale, sinks)
             if tile is not None and empty_row in ("uniform", "nan"):
                 gone = ~tile.any(-1, keepdim=True)
                 if bool(gone.any()):
-                    mine[:] = torch.where(gone, _empty(v[part], heads // k.shape[1], empty_row, sinks), mine)
+                    mine[:] = torch.where(gone, empty_rows(v[part], heads // k.shape[1], empty_row, sinks), mine)
     return out
 
 

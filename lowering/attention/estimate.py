@@ -22,6 +22,7 @@ _RATE = {
     "dense": (0.54, 0.33),
     "padded": (0.60, 0.30),
     "blocked": (0.50, 0.28),
+    "tiled": (0.70, 0.55),
     "flex": (0.44, 0.15),
     "math": (0.20, 0.10),
 }
@@ -29,6 +30,7 @@ _CALL = {
     "dense": 1.2e-5,
     "padded": 4e-5,
     "blocked": 6e-5,
+    "tiled": 2e-4,
     "flex": 3e-5,
     "math": 6e-5,
 }  # seconds a call costs apart from its work

@@ -66,6 +66,20 @@ def test_a_row_is_replaced_and_keeps_its_place() -> None:
     assert [item["id"] for item in ordered["rows"]] == ["c", "d", "a", "b"]
 
 
+def test_an_arm_is_added_to_a_row_of_a_table() -> None:
+    later = facts("2030-02-02T00:00:00+00:00")
+    one = row("a", 5.0, 1.0)
+    one["arms"] = {"third": one["arms"].pop("eff")}
+    one["ratios"] = []
+    merged = store.merge(document(), later, [one], add_arms=True)
+    found = {item["id"]: item for item in merged["rows"]}
+    assert set(found["a"]["arms"]) == {*row("a", 4.0, 1.0)["arms"], "third"}
+    assert found["a"]["run"] == "2030-01-01T00:00:00+00:00"
+    assert found["a"]["arms"]["third"]["run"] == later["date"]
+    assert later["date"] in merged["runs"]
+    assert store.check(merged) == []
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
