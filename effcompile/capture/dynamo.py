@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from effcompile.capture.retrace import retrace
+from effcompile.capture.vmap import differentiates_vmap, transform_of, without_vmap
 from effcompile.core import compat
 from effcompile.core.errors import EffError
 from effcompile.core.program import Break, Entry, Input, InputKind, Program
@@ -33,6 +34,7 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program
     training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
     _refuse_subclasses(gm, example_inputs)
     _refuse_autocast(gm)
+    _refuse_transforms(gm, training)
     if training:
         _refuse_higher_order(gm)
     mode = compat.dynamo_fake_mode()
@@ -41,8 +43,9 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program
             "EFF-G302", "called outside a Dynamo compilation", hint='use torch.compile(model, backend="eff")'
         )
     fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in example_inputs]
+    plain = without_vmap(gm, mode)
     with mode:
-        traced = retrace(gm, fakes, copying=not training)
+        traced = retrace(plain, fakes, copying=not training)
     traced.meta = dict(gm.meta)
     old = [node for node in gm.graph.nodes if node.op == "placeholder"]
     new = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -91,6 +94,15 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
                         source=source_line(node),
                         hint="TorchInductor compiles this graph unchanged; run inference under torch.no_grad()",
                     )
+
+
+def _refuse_transforms(gm: fx.GraphModule, training: bool) -> None:
+    """Refuse what a trace before dispatch cannot see through: torch.func, except for vmap of what needs no gradient."""
+    reason = transform_of(gm)
+    if not reason and training and differentiates_vmap(gm):
+        reason = "training through a vmap: a retrace of it is not known to keep gradients"
+    if reason:
+        raise CaptureRefused("EFF-G306", reason, hint="the graph goes to TorchInductor unchanged")
 
 
 def _refuse_subclasses(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:

@@ -42,7 +42,7 @@ class _Copying(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)  # a copy reads what the first repetition read
-        nodes = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method")]
+        nodes = [node for node in gm.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
         block = find_block(nodes, _signature)
         self._runs = [] if block is None else block.runs(nodes)
         found = wire(self._runs) if self._runs else "no repetition"
@@ -59,7 +59,9 @@ class _Copying(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Trace a node, or copy the whole repetition that it begins."""
         number = self._begins.get(n, 0)
-        if number:
+        if n in self._begins and not self._has_inputs(number):
+            self._begins, self._first = {}, {}
+        elif number:
             try:
                 self._copy(number)
                 return self.env[n]
@@ -79,6 +81,15 @@ class _Copying(fx.Interpreter):
             self._left = {at: _nodes(kept[self._runs[0][at]], tracer) for at in self._wiring.outputs}
             self._became = [_nodes(self.env[column[0]], tracer) for column in self._wiring.inputs]
         return result
+
+    def _has_inputs(self, number: int) -> bool:
+        """Tell whether all that a repetition reads exists where it begins; what the module holds is fetched early."""
+        assert self._wiring is not None
+        for column in self._wiring.inputs:
+            node = column[number]
+            if node not in self.env and node.op == "get_attr":
+                self.env[node] = super().run_node(node)
+        return all(column[number] in self.env for column in self._wiring.inputs)
 
     def _copy(self, number: int) -> None:
         assert self._wiring is not None

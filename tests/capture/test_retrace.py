@@ -184,3 +184,28 @@ def test_a_layer_that_reads_another_layers_value_is_copied_with_it(both: Both, c
         capture(Crossed(), torch.rand(3, 8), dynamic=False)
     ((plain, copied),) = both
     assert described(plain.graph) == described(copied.graph)
+
+
+def _branches(count: int) -> list[Callable[[Tensor], Tensor]]:
+    return [lambda x, n=n: torch.cond(x.sum() > 0, lambda y: y.sin() * n, torch.cos, (x,)) for n in range(count)]  # type: ignore[misc]
+
+
+def test_what_a_layer_reads_from_between_the_layers_is_there(both: Both, copies: list[int]) -> None:
+    """The graphs of its branches stand inside the run that reads them, behind its first node."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = _branches(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for branch in self.branches:
+                x = torch.tanh(torch.relu(x) + x.abs().sqrt()).exp().neg() * torch.sigmoid(x)
+                x = branch(x) + torch.cos(x)
+            return x
+
+    with torch.no_grad():
+        capture(Mixed(), torch.rand(3, 8), dynamic=False)
+    assert copies == []
+    ((plain, copied),) = both
+    assert [str(node.target) for node in plain.graph.nodes] == [str(node.target) for node in copied.graph.nodes]
