@@ -50,6 +50,8 @@ def recognize_attention(program: Program, name_of: Naming) -> Recognized:
             found = match_sdpa(node) or match_chain(node)
             if isinstance(found, Match) and (refusal := raiser.moved(found)) is not None:
                 found = match_sdpa(node, grouped=False) or NoMatch(node, found.idiom, refusal)
+            if isinstance(found, Match) and not found.scale:
+                found = NoMatch(node, found.idiom, Refusal("EFF-A106", "the scale is 0, and SDPA scales its -inf too"))
             if isinstance(found, Match):
                 sites.append(raiser.raise_match(found))
             elif isinstance(found, NoMatch):
@@ -104,6 +106,9 @@ class _Raiser:
         edit, anchor = self.edit, match.anchor
         with edit.before(anchor):
             q, k, v = match.q(edit), match.k(edit), match.v(edit)
+            scale = match.scale
+            if scale < 0 and not match.causal:  # SDPA scales its -inf too: below zero, causal rows become NaN (torch 2.13)
+                q, scale = edit.call(torch.ops.aten.neg.default, q), -scale
             shape, keys = q.meta["val"].shape, k.meta["val"].shape
             read = self._read(match, shape, keys[2])
             mask = read.mask
@@ -126,7 +131,7 @@ class _Raiser:
                 to_json(mask.bias) if isinstance(mask, Mask) and mask.bias is not None else "",
                 to_json(mask.soft) if isinstance(mask, Mask) else "",
                 mask.empty_row if isinstance(mask, Mask) else ("zero" if match.idiom.startswith("sdpa") else "nan"),
-                match.scale,
+                scale,
                 match.softcap,
                 like=anchor,
             )
@@ -144,7 +149,7 @@ class _Raiser:
                 q_len=_extent(shape[2]),
                 kv_len=_extent(keys[2]),
                 mask=mask,
-                scale=match.scale,
+                scale=scale,
                 softcap=match.softcap,
                 sinks=match.sinks is not None,
                 cross=self._origins.cross(q, k, same_size(shape[2], keys[2])),

@@ -71,6 +71,14 @@ def test_a_step_that_is_not_attention_stays(code: str | None, step: Callable[...
     check_kept(chain(step), qkv(), code)
 
 
+def test_a_negative_scale_turns_the_queries_around() -> None:
+    """SDPA scales the -inf of its own causal mask too, so a negative scale goes to the queries."""
+    raised = check_idiom(chain(lambda s: (s * -0.5).masked_fill(above(), -INF).softmax(-1)), qkv(), mask="causal")
+    assert raised.sites[0].scale == 0.5 * D**-0.5
+    check_idiom(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ~above(), scale=-0.5), qkv(), mask="causal")
+    check_kept(chain(lambda s: (s * 0.0).masked_fill(above(), -INF).softmax(-1)), qkv(), "EFF-A106", "scale is 0")
+
+
 def test_probabilities_that_are_returned_stay() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         probs = (q @ k.transpose(-1, -2)).softmax(-1)
