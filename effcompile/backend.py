@@ -147,10 +147,28 @@ def _guarded(
         if not spare:
             called = {item.node: item.name for item in compiled.program.entries[0].inputs}
             report.stale(tuple(called[node] for node in compiled.pinned))
-            spare.append(interpret_graph(gm))  # outside Dynamo no graph of symbolic sizes can be compiled
+            spare.append(_unproved(gm, options))
         return spare[0](*args)
 
     return checked
+
+
+def _unproved(gm: fx.GraphModule, options: Options) -> Callable[..., Any]:
+    """Return the graph as it was given, op by op: outside Dynamo no graph of symbolic sizes can be compiled.
+
+    A FlexAttention call must be compiled, for op by op it does not look at its block lists: once for every set of sizes.
+    """
+    if not any(str(getattr(node.target, "_name", "")) == "flex_attention" for node in gm.graph.nodes):
+        return interpret_graph(gm)
+    made: dict[Any, Callable[..., Any]] = {}
+
+    def run(*args: Any) -> Any:
+        sizes = tuple((*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else x for x in args)
+        if sizes not in made:
+            made[sizes] = emit_graph(gm, args, options)
+        return made[sizes](*args)
+
+    return run
 
 
 def _fallback(

@@ -93,7 +93,7 @@ def failed(error: Exception) -> None:
 def stale(names: tuple[str, ...]) -> None:
     """Count a call whose mask buffer changed after compiling."""
     _LOG.counters["stale"] += 1
-    _LOG.notices.append(f"the mask buffer behind {', '.join(names)} changed: its graph runs eagerly")
+    _LOG.notices.append(f"the mask buffer behind {', '.join(names)} changed: its graph runs as it was written")
 
 
 def second_range(text: str) -> None:

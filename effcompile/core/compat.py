@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -143,6 +143,20 @@ def flex_block_tuple(**fields: Any) -> tuple[Any, ...]:
     from torch.nn.attention.flex_attention import BlockMask
 
     return BlockMask.as_tuple(_Attributes(fields))  # type: ignore[arg-type]
+
+
+class _Named:
+    """Answer every attribute with its own name, the pairs with two."""
+
+    def __getattr__(self, name: str) -> Any:
+        return (f"{name}[0]", f"{name}[1]") if name in ("seq_lengths", "BLOCK_SIZE") else name
+
+
+def flex_block_fields(operands: Sequence[Any]) -> dict[str, Any]:
+    """Return the operands of a block mask by name, undoing `flex_block_tuple`; the pairs are `seq_lengths[0]` and so on."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return dict(zip(BlockMask.as_tuple(_Named()), operands, strict=True))  # type: ignore[arg-type]
 
 
 def flex_kernel_options(q: Any, k: Any, v: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.core import compat
 from effcompile.core.errors import RewriteError
@@ -91,6 +92,24 @@ class Editor:
         if like is not None:
             copy_meta(like, node)
         return node
+
+    def inline(self, function: Callable[..., torch.Tensor], *operands: Any) -> fx.Node:
+        """Insert the operations that a function of nodes and numbers performs, and return the node of its result."""
+        with self._mode or nullcontext():
+            traced = make_fx(function)(*(_value(item) if isinstance(item, fx.Node) else item for item in operands))
+        given = iter(operands)
+        made: dict[fx.Node, Any] = {}
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                made[node] = next(given)
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+                made[node] = self.call(node.target, *args, **kwargs)
+            elif node.op == "output":
+                return made[node.args[0]]
+            else:
+                raise RewriteError("EFF-X904", f"a function that is written out holds a `{node.op}`")
+        raise AssertionError("a graph without output")
 
     def size(self, value: Any) -> Any:
         """Return an int, or the node of a symbolic size; compound sizes are built from the graph's own symbols."""

@@ -109,6 +109,8 @@ def kind_of(site: AttentionSite, policies: Sequence[Policy] = (), density: float
 
 def source_kernel(site: AttentionSite) -> str:
     """Return the kernel that runs a site as its source spells it."""
+    if site.idiom.startswith("flex"):
+        return "flex"
     if not site.idiom.startswith("sdpa"):
         return "math"
     return "sdpa" if isinstance(site.mask, Mask) and site.mask.is_full else "dense"

@@ -86,7 +86,8 @@ def crossovers(site: AttentionSite, kernels: Sequence[AttentionKernel], target: 
     Both lengths grow together in self-attention, the keys alone where there is one query or another source of keys.
     """
     able = {kernel.name: kernel for kernel in kernels if isinstance(kernel.supports(site, target), Supported)}
-    against = next((name for name in _AS_WRITTEN if name in able), None)
+    written = ("flex", *_AS_WRITTEN) if site.idiom.startswith("flex") else _AS_WRITTEN
+    against = next((name for name in written if name in able), None)
     if against is None:
         return ()
     found = []

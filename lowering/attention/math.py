@@ -34,7 +34,11 @@ class Math(AttentionKernel):
         """Insert the chain."""
         aten, call = torch.ops.aten, AttentionCall.of(node)
         k, v = (self._repeated(edit, call, x) for x in (call.k, call.v))
-        scores = edit.call(aten.matmul.default, call.q, edit.call(aten.transpose.int, k, -1, -2))
+        q, flex = call.q, site.idiom.startswith("flex")
+        if flex:  # whose scores are float32 whatever the operands are
+            wide = torch.promote_types(q.meta["val"].dtype, torch.float32)
+            q, k = (edit.call(aten.to.dtype, x, wide) for x in (q, k))
+        scores = edit.call(aten.matmul.default, q, edit.call(aten.transpose.int, k, -1, -2))
         if call.scale != 1.0:
             scores = edit.call(aten.mul.Tensor, scores, call.scale)
         if call.softcap:
@@ -52,7 +56,10 @@ class Math(AttentionKernel):
         if call.sinks is not None:
             scores = self._with_sinks(edit, scores, call.sinks)
         wide = torch.promote_types(scores.meta["val"].dtype, torch.float32)
-        probs = edit.call(aten.softmax.int, scores, -1, wide)
+        if flex and isinstance(site.mask, Mask) and site.mask.empty_row != "never":
+            probs = edit.call(aten._safe_softmax.default, scores, -1)
+        else:
+            probs = edit.call(aten.softmax.int, scores, -1, wide)
         if call.sinks is not None:
             probs = edit.call(aten.slice.Tensor, probs, 3, 0, -1)
         if probs.meta["val"].dtype != v.meta["val"].dtype:

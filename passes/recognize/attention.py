@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from effcompile.core.expr import BATCH, BOOL, FLOAT, HEAD, KEY, QUERY, Expr, apply, axis, const, walk
-from effcompile.core.expr_eval import to_json
+from effcompile.core.expr import BATCH, BOOL, FLOAT, HEAD, KEY, QUERY, TRUE, Expr, apply, axes_of, axis, const, walk
+from effcompile.core.expr_eval import evaluate, to_json
 from effcompile.core.mask import CAUSAL, EmptyRow, Mask, Opaque
 from effcompile.core.program import Entry, Program
 from effcompile.core.rewrite import Editor, copy_graph
@@ -19,6 +19,7 @@ from effcompile.core.site import AttentionSite, Missed, Refusal, Site
 from effcompile.passes.recognize.aliases import Aliases
 from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable
+from effcompile.passes.recognize.flex import erase, is_flex, match_flex
 from effcompile.passes.recognize.mask import ReadMask, split
 from effcompile.passes.recognize.match import Match, NoMatch, Term, same_size
 from effcompile.passes.recognize.origins import Origins
@@ -45,15 +46,13 @@ def recognize_attention(program: Program, name_of: Naming) -> Recognized:
     pinned: list[str] = []
     for entry in program.entries:
         edit = Editor(copy_graph(entry.graph))
-        raiser = _Raiser(entry, edit, name_of)
+        raiser = _Raiser(entry, edit, name_of, program.requires_grad)
         for node in list(edit.graph.nodes):
-            found = match_sdpa(node) or match_chain(node)
-            if isinstance(found, Match) and (refusal := raiser.moved(found)) is not None:
-                found = match_sdpa(node, grouped=False) or NoMatch(node, found.idiom, refusal)
-            if isinstance(found, Match) and not found.scale:
-                found = NoMatch(node, found.idiom, Refusal("EFF-A106", "the scale is 0, and SDPA scales its -inf too"))
+            found = raiser.match(node)
             if isinstance(found, Match):
                 sites.append(raiser.raise_match(found))
+                if is_flex(node):
+                    erase(node)
             elif isinstance(found, NoMatch):
                 missed.append(Missed(raiser.plain_site(found.anchor, found.idiom), found.refusal))
         pinned.extend(raiser.pinned)
@@ -62,8 +61,8 @@ def recognize_attention(program: Program, name_of: Naming) -> Recognized:
 
 
 class _Raiser:
-    def __init__(self, entry: Entry, edit: Editor, name_of: Naming) -> None:
-        self.entry, self.edit, self.name_of = entry, edit, name_of
+    def __init__(self, entry: Entry, edit: Editor, name_of: Naming, training: bool) -> None:
+        self.entry, self.edit, self.name_of, self.training = entry, edit, name_of, training
         self.pinned: list[str] = []
         self._names: set[str] = set()
         self._masks: dict[Any, ReadMask] = {}
@@ -72,6 +71,27 @@ class _Raiser:
         self._buffers = lambda node: values.get(node.name) if node.op == "placeholder" else None
         self._aliases = Aliases(edit.graph)
         self._origins = Origins(entry, edit.graph)
+
+    def match(self, node: fx.Node) -> Match | NoMatch | None:
+        """Return the attention that ends at a node, if it can be computed in one piece; else why not."""
+        found = match_sdpa(node) or match_chain(node) or self._flex(node)
+        if isinstance(found, Match) and (refusal := self.moved(found)) is not None:
+            kept = NoMatch(found.anchor if is_flex(node) else node, found.idiom, refusal)
+            found = match_sdpa(node, grouped=False) or self._flex(node, grouped=False)
+            if not isinstance(found, Match) or self.moved(found) is not None:
+                found = kept
+        if isinstance(found, Match) and not found.scale:
+            return NoMatch(
+                found.anchor, found.idiom, Refusal("EFF-A106", "the scale is 0, and SDPA scales its -inf too")
+            )
+        return found
+
+    def _flex(self, node: fx.Node, grouped: bool = True) -> Match | NoMatch | None:
+        if not is_flex(node):
+            return None
+        q, k = node.args[0].meta["val"].shape, node.args[1].meta["val"].shape  # type: ignore[union-attr]
+        reader = Reader(self.edit.graph, self._rules, self._buffers, extents=(*q[:3], k[2]))
+        return match_flex(node, reader, self.training, grouped)
 
     def moved(self, match: Match) -> Refusal | None:
         """Say why the attention cannot be computed in one piece, at the place of its last step."""
@@ -107,17 +127,22 @@ class _Raiser:
         with edit.before(anchor):
             q, k, v = match.q(edit), match.k(edit), match.v(edit)
             scale = match.scale
-            if scale < 0 and not match.causal:  # SDPA scales its -inf too: below zero, causal rows become NaN (torch 2.13)
+            if (
+                scale < 0 and not match.causal
+            ):  # SDPA scales its -inf too: below zero, causal rows become NaN (torch 2.13)
                 q, scale = edit.call(torch.ops.aten.neg.default, q), -scale
             shape, keys = q.meta["val"].shape, k.meta["val"].shape
-            read = self._read(match, shape, keys[2])
+            read = match.read or self._read(match, shape, keys[2])
             mask = read.mask
-            given = self._tensor(match, shape, keys)
             if isinstance(mask, Mask) and match.causal:
                 mask = CAUSAL if mask.is_full else mask
             known = isinstance(mask, Mask)
             loads = list(read.loads) if known else []
             sizes = [edit.symbolic(expr) for expr in read.sizes] if known else []
+            if read.element is None:
+                given = self._tensor(match, shape, keys)
+            else:
+                given = self._written_out(read.element, loads, sizes, (*shape[:3], keys[2]), q.meta["val"].device)
             call = edit.call(
                 torch.ops.eff.attention_v1.default,
                 q,
@@ -227,6 +252,27 @@ class _Raiser:
             raise Unreadable("a mask over joined batch and heads")
         joined = apply("add", apply("mul", axis(BATCH), reader.number(match.rank3[1])), axis(HEAD))
         return reader.element(term.node, (joined, axis(QUERY), axis(KEY)), at)
+
+    def _written_out(
+        self, element: Expr, loads: list[fx.Node], sizes: list[Any], extents: Any, device: torch.device
+    ) -> fx.Node | None:
+        """Return a mask function as the tensor that a kernel may read; it is dropped again where none does."""
+        if element == TRUE:
+            return None
+        edit, used = self.edit, axes_of(element)
+        counts = [edit.size(n) if number in used else 1 for number, n in enumerate(extents)]
+
+        def values(*operands: Any) -> torch.Tensor:
+            axes = [
+                torch.arange(n, device=device).reshape([n if d == place else 1 for d in range(4)])
+                for place, n in enumerate(operands[:4])
+            ]
+            found = evaluate(element, axes, operands[4 : 4 + len(loads)], operands[4 + len(loads) :])
+            return found.reshape([1] * (4 - found.dim()) + list(found.shape)) if found.dim() < 4 else found
+
+        operands = (*counts, *loads, *sizes)
+        key = ("mask-tensor", to_json(element), *operands)
+        return edit.shared(key, operands, lambda: edit.inline(values, *operands))
 
     def _tensor(self, match: Match, shape: Any, keys: Any) -> fx.Node | None:
         """Return the mask as the tensor the model built (bool keeps, float adds); combined where there are several terms."""

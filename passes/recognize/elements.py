@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effcompile.core.expr import BOOL, INT, Expr, apply, axes_of, const, load, size
@@ -174,7 +175,7 @@ class Reader:
         if number is not None:
             return number
         known = self.buffers(node)
-        if known is not None and not known.is_inference():  # those have no version to watch
+        if known is not None and readable(known):
             proved = triangle(known, index)
             if proved is not None:
                 self.pinned.append(node)
@@ -182,6 +183,8 @@ class Reader:
         spread = [axes_of(part) & {Q_AXIS, K_AXIS} for part in index]
         if sum(1 for axes in spread if Q_AXIS in axes) and sum(1 for axes in spread if K_AXIS in axes):
             alone = [axes for axes in spread if axes]
+            if len(alone) > 1 and known is not None and known.is_meta:
+                raise Unreadable(f"the buffer `{node.name}` holds it, and has no content on the meta device")
             if len(alone) > 1:
                 raise Unreadable(
                     f"the values of `{node.name}` {tuple(value.shape)} are data over query and key positions"
@@ -308,6 +311,11 @@ def slice_begin(reader: Reader, node: fx.Node, dim: int, begin: Any) -> Expr:
     if rest != 1:
         raise Unreadable("a slice that begins at a place whose sign is data")
     return reader.expression(place, extent if isinstance(extent, torch.SymInt) else begin)
+
+
+def readable(buffer: torch.Tensor) -> bool:
+    """Tell whether a buffer has content to read, and a version to watch afterwards: on meta there is none, nor in a dry run."""
+    return not (buffer.is_meta or isinstance(buffer, FakeTensor) or buffer.is_inference())
 
 
 def triangle(buffer: torch.Tensor, index: Sequence[Expr]) -> Expr | None:

@@ -32,12 +32,13 @@ def _index(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 
 def _looked_up(reader: Reader, source: fx.Node, index: Index, at: int) -> Expr:
     """Read at computed places; torch wraps negative ones, so only provably non-negative places are looked through."""
-    if all(_never_negative(place) for place in index):
+    if all(never_negative(place) for place in index):
         return reader.element(source, index, at)
     return reader.leaf(source, index)
 
 
-def _never_negative(place: Expr) -> bool:
+def never_negative(place: Expr) -> bool:
+    """Tell whether a place along a dimension is provably no negative number, which torch would count from the end."""
     terms, number = linear(place)
     return number >= 0 and all(times > 0 and atom.op in ("axis", "size") for atom, times in terms.items())
 

@@ -26,12 +26,13 @@ _LARGEST = 48  # sub-expressions; beyond it a predicate costs more than the tens
 
 @dataclass(frozen=True)
 class ReadMask:
-    """Hold a recovered mask with the graph values its slots refer to."""
+    """Hold a recovered mask with the graph values its slots refer to; `element` where no tensor of the graph holds it."""
 
     mask: AnyMask
     loads: tuple[fx.Node, ...] = ()
     sizes: tuple[Any, ...] = ()
     pinned: tuple[fx.Node, ...] = ()
+    element: Expr | None = None
 
 
 def split(expr: Expr, q_len: Expr, k_len: Expr, empty_row: EmptyRow, dtype: torch.dtype, added: bool = True) -> Mask:

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
+from effcompile.passes.recognize.mask import ReadMask
 
 Operand = Callable[[Editor], fx.Node]
 
@@ -48,6 +49,7 @@ class Match:
     out_dims: tuple[int, ...] = (0, 1, 2, 3)  # how the anchor permutes [B, H, Q, Dv]
     reads: tuple[tuple[fx.Node, fx.Node], ...] = ()  # (operand, who read it) where that is before the anchor
     path: tuple[fx.Node, ...] = ()  # what is computed between the first product and the anchor
+    read: ReadMask | None = None  # the mask, where the source spells it as a function and not as terms
 
 
 @dataclass(frozen=True)
