@@ -242,11 +242,10 @@ def _kept(value: Any) -> Any:
 
 
 def _with_contents(program: Program, origins: Mapping[int, torch.Tensor]) -> Program:
-    """Give copied buffers the user's content, on which a proof about a mask may rest; one without any gets None."""
+    """Give copied buffers the user's content, on which a proof about a mask may rest; one on meta has none."""
 
     def filled(item: Input) -> Input:
-        value = origins.get(id(item.value), item.value)
-        return replace(item, value=None if isinstance(value, torch.Tensor) and value.is_meta else value)
+        return replace(item, value=origins.get(id(item.value), item.value))
 
     entries = tuple(replace(entry, inputs=tuple(map(filled, entry.inputs))) for entry in program.entries)
     return replace(program, entries=entries)

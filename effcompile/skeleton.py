@@ -31,7 +31,8 @@ _ON_WEIGHTS = "explain it with its weights: eff.explain(..., real=True), or eff 
 class Skeleton:
     """Hold a model and a maker of fresh arguments for one call, both fake or both real.
 
-    `origins` maps `id(fake buffer)` to the buffer whose content it stands for; `mode` is active while the model runs.
+    `origins` maps `id(fake tensor)` to the buffer, or other tensor of the model, whose content it stands for; `mode` is active
+    while the model runs.
     """
 
     model: Callable[..., Any]
@@ -64,7 +65,7 @@ def strip(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], de
         memo[id(buffer)] = faker.empty(buffer.detach())
         origins[id(memo[id(buffer)])] = buffer
     given = (tuple(args), dict(kwargs))
-    return Skeleton(_copied(model, memo, faker), lambda: _copied(given, {}, faker), origins, mode)
+    return Skeleton(_copied(model, memo, faker, origins), lambda: _copied(given, {}, faker, {}), origins, mode)
 
 
 @dataclass
@@ -89,9 +90,10 @@ class _Faker:
 
 @dataclass
 class _DeepCopyFake(TorchFunctionMode):
-    """Answer `copy.deepcopy(tensor)` with a fake tensor; leave every other call alone."""
+    """Answer `copy.deepcopy(tensor)` with a fake tensor, and note what it stands for; leave every other call alone."""
 
     faker: _Faker
+    origins: dict[int, torch.Tensor]
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -100,14 +102,15 @@ class _DeepCopyFake(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__:
             tensor, memo = args
             if id(tensor) not in memo:
-                memo[id(tensor)] = self.faker.empty(tensor)
+                memo[id(tensor)] = made = self.faker.empty(tensor)
+                self.origins[id(made)] = tensor
             return memo[id(tensor)]
         return func(*args, **(kwargs or {}))
 
 
-def _copied(value: Any, memo: dict[int, Any], faker: _Faker) -> Any:
+def _copied(value: Any, memo: dict[int, Any], faker: _Faker, origins: dict[int, torch.Tensor]) -> Any:
     try:
-        with _DeepCopyFake(faker):
+        with _DeepCopyFake(faker, origins):
             return copy.deepcopy(value, memo)
     except EffError:
         raise
