@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tests.support.hf_zoo.flex import flex
 from tests.support.hf_zoo.inputs import STEPS, VOCAB, dynamic_cache, grown, padding, static_cache, token_ids
 from tests.support.hf_zoo.matrix import Call, Decode, Kwargs, MatrixCase
 from tests.support.hf_zoo.weights import hugging_face
@@ -83,6 +84,13 @@ def _rotary() -> tuple[MatrixCase, ...]:
             hugging_face("LlamaConfig", "LlamaForCausalLM", attn_implementation="eager", **llama),
             static_decode(),
             notes="matmul, mask add, softmax in float32, dropout, matmul; repeated keys and values",
+        ),
+        MatrixCase(
+            "llama-flex",
+            "decoder",
+            flex("LlamaConfig", "LlamaForCausalLM", **llama),
+            (Call("nocache", _nocache, logits), Call("left_pad", functools.partial(_padded_nocache, "left"), logits)),
+            notes="flex_attention whose BlockMask is made in the same graph, which Dynamo breaks at a dynamic cache",
         ),
         _case(
             "qwen2", hugging_face("Qwen2Config", "Qwen2ForCausalLM", **llama), notes="biases on q, k, v", twin="llama"
@@ -198,6 +206,10 @@ def _padded(side: str, batch: int, length: int, seed: int) -> Kwargs:
         "input_ids": token_ids(batch, length, seed),
         "attention_mask": padding(batch, length, seed, side),
     }
+
+
+def _padded_nocache(side: str, batch: int, length: int, seed: int) -> Kwargs:
+    return {**_padded(side, batch, length, seed), "use_cache": False}
 
 
 def _steps(batch: int, length: int, seed: int) -> tuple[Kwargs, ...]:
