@@ -27,9 +27,12 @@ def register() -> None:
         paged_decode,
         tiled,
     )
+    from effcompile.ops.selectors import antidiagonal, pages, pooled, topk, vertical_slash
 
+    selectors = (topk, pages, antidiagonal, pooled, vertical_slash)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
-    for module in (attention, attention_blocks, blocks, linear, mask_tensor, packing, tiled, *with_kernels):
+    plain = (attention, attention_blocks, blocks, linear, mask_tensor, packing, tiled)
+    for module in (*plain, *selectors, *with_kernels):
         module.register()
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}

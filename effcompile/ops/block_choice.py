@@ -44,7 +44,7 @@ def top_k(scores: torch.Tensor, budget: torch.Tensor, free: torch.Tensor) -> tor
 
 
 def top_cdf(mass: torch.Tensor, share: float, some: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
-    """Return the smallest set of blocks that holds `share` of each row's mass, counted after the forced ones.
+    """Return the forced blocks, and the fewest others with which they hold `share` of each row's mass.
 
     mass `[..., Qb, Kb]`, not negative; some and forced bool. The threshold comes from bisection, not from a sort, and blocks
     that tie at it stay. `share` 1 keeps every allowed block with mass above 0.

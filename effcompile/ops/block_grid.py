@@ -101,12 +101,16 @@ class BlockGrid:
     def forced(self, local: int = 1) -> torch.Tensor:
         """Return the allowed blocks that stay: the first of a row, those with its own keys, and `local` - 1 before them.
 
-        Without causal order the own keys are those at the queries' places, and as many stay on both sides.
+        One query stands at the end of what it may read. Without causal order the own keys are those at the queries' places, and as
+        many stay on both sides.
         """
         some, past = self.some, self.past()
         places = torch.arange(some.shape[-1], device=self.device)
         first = some.int().argmax(-1, keepdim=True)
-        if self.frontier is None:
+        if self.extents[2] == 1:
+            last = some.shape[-1] - 1 - some.flip(-1).int().argmax(-1, keepdim=True)
+            near = (places <= last) & (places > last - local)
+        elif self.frontier is None:
             width, height = self.blocks[1], self.blocks[0]
             begin = torch.arange(some.shape[-2], device=self.device)[:, None] * height
             near = (places * width < begin + height + (local - 1) * width) & (

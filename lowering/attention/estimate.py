@@ -24,6 +24,7 @@ _RATE = {
     "blocked": (0.50, 0.28),
     "tiled": (0.70, 0.55),
     "flex": (0.44, 0.15),
+    "blocks": (0.55, 0.60),
     "math": (0.20, 0.10),
 }
 _CALL = {
@@ -32,6 +33,7 @@ _CALL = {
     "blocked": 6e-5,
     "tiled": 2e-4,
     "flex": 3e-5,
+    "blocks": 5e-4,
     "math": 6e-5,
 }  # seconds a call costs apart from its work
 _OTHER = 1e-5
