@@ -40,9 +40,12 @@ def test_equal_to_eager_and_as_the_coverage_table_says(case: MatrixCase, call: C
     expected = run_call(case.build(), case, call)
     found, breaks, row = run_through_eff(case, call)
     assert_close(found, expected)
-    assert breaks == 0
+    assert (
+        breaks == 0 or breaks <= trace_call(case.build(), case, call).breaks
+    )  # older Dynamos break encoder-decoders themselves
     assert sum(row["sites"].values()) + sum(row["refused"].values()) > 0
     if torch_minor() == "2.13":
+        assert breaks == 0
         assert row == recorded()[case.name][call.name], f"if right: {ACCEPT} {case.name}"
 
 
