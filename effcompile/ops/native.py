@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from importlib import resources
 
@@ -16,9 +17,23 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None where they cannot be built."""
+    """Return the compiled kernels, or None where they cannot be built; the first call in a cold cache takes seconds."""
+    with _LOCK:
+        return _built()
+
+
+def prefetch() -> None:
+    """Begin to build the kernels beside what the caller does next: TorchInductor's own work leaves a core free most of the time."""
+    if not _LOCK.locked() and not _built.cache_info().currsize:
+        threading.Thread(target=library, name="eff-native", daemon=True).start()
+
+
+@functools.cache
+def _built() -> ctypes.CDLL | None:
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
 

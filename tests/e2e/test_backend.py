@@ -174,7 +174,9 @@ def test_twenty_lengths_compile_at_most_twice() -> None:
     for length in range(3, 23):
         close(run(text(length)), model(text(length)))
     assert len(log().graphs) <= 2
-    assert kernels() == ["sdpa-causal"] * 2 * len(log().graphs)
+    assert {name.partition(" ")[0] for name in kernels()} == {
+        "sdpa-causal"
+    }  # beyond the lengths here another may follow
 
 
 # --- through TorchInductor ---

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,3 +122,21 @@ def test_the_op_is_what_the_function_is() -> None:
     torch.library.opcheck(
         torch.ops.eff.attention_tiled_v1.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_the_kernels_are_built_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread builds, whoever asks waits for it, and nobody builds a second time."""
+    built: list[int] = []
+
+    @functools.cache
+    def slow() -> None:
+        time.sleep(0.2)
+        built.append(1)
+
+    monkeypatch.setattr(native, "_built", slow)
+    native.prefetch()
+    native.prefetch()
+    assert not built
+    assert native.library() is None
+    native.prefetch()
+    assert built == [1]
