@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from effcompile.codegen.cpp_batch import batched
+
 
 def compile_graph(
     graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None, patches: Mapping[str, Any] | None
@@ -21,7 +23,8 @@ def compile_graph(
 
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     settings.update(patches or {})
-    compiled = compile_fx(graph, list(example_inputs), config_patches=settings or None)
+    with batched():
+        compiled = compile_fx(graph, list(example_inputs), config_patches=settings or None)
 
     def run(*args: Any) -> Any:
         return compiled(*args)

@@ -21,6 +21,7 @@ from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
 from effcompile.compiler import Compiled, asked_policies, compile_program
+from effcompile.core.collector import paused
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.options import DOORS, Options
@@ -81,7 +82,7 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
     """Compile a graph as the options say, with the fallbacks described above."""
     check_doors(options)
     try:
-        with report.timed() as clock:
+        with paused(), report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
             target = target_of(options, program.device)
             clock.lap("capture")
