@@ -36,6 +36,7 @@ NAMES = {
     "peak-memory",
     "smollm2-decode",
     "smollm2-prefill",
+    "sparse-attention",
     "sparse-quality",
 }
 TINY = Settings(quick=True, rounds=2, warmup=1, threads=1, limit=120.0)

@@ -50,15 +50,23 @@ def vertical_slash_blocks(
     probs = scores.softmax(-1).nan_to_num() * valid[:, None, :, None]
     columns = F.pad(probs.sum(2), (0, -k.shape[2] % k_block)).unflatten(-1, (-1, k_block)).sum(-1)
     own = last.expand(q.shape[0], -1).gather(1, rows).long()
-    distance = (own[:, :, None] - torch.arange(k.shape[2], device=q.device)).clamp(min=0) // q_block
     bins = -(-k.shape[2] // q_block)
-    slashes = probs.new_zeros((*q.shape[:2], bins))
-    slashes.scatter_add_(-1, distance.clamp(max=bins - 1)[:, None].expand_as(probs).flatten(2), probs.flatten(2))
+    slashes = _by_distance(probs, own, bins, q_block)
     nothing = torch.zeros((), dtype=torch.bool, device=q.device)
     vertical = top_cdf(columns, coverage, ~nothing, nothing)[:, :, None]
     slash = top_cdf(slashes, coverage, ~nothing, torch.arange(bins, device=q.device) == 0)
     some = grid.some
     return ((vertical | _diagonals(grid, slash, last)) & some) | grid.forced()
+
+
+def _by_distance(probs: torch.Tensor, own: torch.Tensor, bins: int, width: int) -> torch.Tensor:
+    """Return sums `[B, H, bins]` of probabilities `[B, H, R, K]` by distance to the row's own key `[B, R]`, `width` to a bin."""
+    # A bin of a row is a range of keys: the difference of two running sums.
+    sums = F.pad(probs.cumsum(-1), (1, 0))
+    ends = own[:, :, None] + 1 - torch.arange(bins + 1, device=probs.device) * width
+    ends = ends.clamp(0, probs.shape[-1])[:, None].expand(*probs.shape[:3], -1)
+    found = sums.gather(-1, ends)
+    return (found[..., :-1] - found[..., 1:]).clamp(min=0).sum(2)
 
 
 def probe_rows(grid: BlockGrid, count: int) -> tuple[torch.Tensor, torch.Tensor]:
