@@ -17,9 +17,10 @@ from effcompile.core.dump import Dump
 from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.options import Options
 from effcompile.observe import observe
+from effcompile.ops.attention_tokens import kept_tokens
 from effcompile.skeleton import real
 
-BLOCKS = "attention_blocks_v1"
+BLOCKS, TOKENS = "attention_blocks_v1", "attention_tokens_v1"
 _ROWS = 1024
 
 
@@ -80,15 +81,32 @@ class _Reader(fx.Interpreter):  # type: ignore[misc]  # torch is Any here
         self.into.whole += spent
         if n in self.choosing:
             self.into.selector += spent
-        if _is_blocks(n):
+        if _is(n, BLOCKS):
             self.into.attention += spent
-            self._count(*self.fetch_args_kwargs_from_env(n)[0])
+            self._count_blocks(*self.fetch_args_kwargs_from_env(n)[0])
+        elif _is(n, TOKENS):
+            self._count_tokens(spent, *self.fetch_args_kwargs_from_env(n)[0])
         return value
 
-    def _count(
+    def _count_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, loads: Any, sizes: Any, keep: str, *rest: Any
     ) -> None:
-        kept, allowed = pairs(keep, chosen, (*q.shape[:3], k.shape[2]), loads, sizes, int(rest[-1]))
+        self._count(pairs(keep, chosen, (*q.shape[:3], k.shape[2]), loads, sizes, (int(rest[-2]), int(rest[-1]))))
+
+    def _count_tokens(
+        self, spent: float, q: Tensor, k: Tensor, v: Tensor, loads: Any, sizes: Any, keep: str, *rest: Any
+    ) -> None:
+        """Choose once more, to see the choice and its time, which the op keeps to itself."""
+        begun = time.perf_counter()
+        kept = kept_tokens(q, k, loads, sizes, keep, *rest[1:])
+        choosing = time.perf_counter() - begun
+        self.into.selector += choosing
+        self.into.attention += max(0.0, spent - choosing)
+        chosen = kept[:, None, :, None] & kept[:, None, None, :]
+        self._count(pairs(keep, chosen, (*q.shape[:3], k.shape[2]), loads, sizes, (1, 1)))
+
+    def _count(self, found: tuple[int, int]) -> None:
+        kept, allowed = found
         self.into.kept += kept
         self.into.allowed += allowed
         self.into.sites += 1
@@ -96,13 +114,18 @@ class _Reader(fx.Interpreter):  # type: ignore[misc]  # torch is Any here
 
 
 def pairs(
-    keep: str, chosen: Tensor, extents: tuple[int, int, int, int], loads: Any, sizes: Any, block: int
+    keep: str,
+    chosen: Tensor,
+    extents: tuple[int, int, int, int],
+    loads: Any,
+    sizes: Any,
+    blocks: tuple[int, int],
 ) -> tuple[int, int]:
     """Count the (query, key) pairs that a predicate and a map `[B|1, H', Qb, Kb]` keep, and those of the predicate alone."""
     batch, heads, rows, columns = extents
     predicate = from_json(keep)
+    group = heads // chosen.shape[1]
     kept = allowed = 0
-    spread = chosen.repeat_interleave(heads // chosen.shape[1], 1).expand(batch, -1, -1, -1)
     keys = torch.arange(columns)
     for begin in range(0, rows, _ROWS):
         query = torch.arange(begin, min(begin + _ROWS, rows))
@@ -113,16 +136,17 @@ def pairs(
             keys[None, None, None, :],
         )
         inside = evaluate(predicate, axes, loads, sizes).expand(batch, heads, len(query), columns)
+        step = group if inside.stride(1) == 0 else 1  # heads of a group differ in nothing then
         for b in range(batch):
-            for h in range(heads):
-                mine = inside[b, h]
-                allowed += int(mine.sum())
-                kept += int((mine & spread[b, h][query[:, None] // block, keys[None, :] // block]).sum())
+            for h in range(0, heads, step):
+                lines = chosen[b % chosen.shape[0], h // group][query[:, None] // blocks[0], keys[None, :] // blocks[1]]
+                allowed += step * int(inside[b, h].sum())
+                kept += step * int((inside[b, h] & lines).sum())
     return kept, allowed
 
 
-def _is_blocks(node: fx.Node) -> bool:
-    return node.op == "call_function" and BLOCKS in str(node.target)
+def _is(node: fx.Node, name: str) -> bool:
+    return node.op == "call_function" and name in str(node.target)
 
 
 def _only_for_maps(graph: fx.Graph) -> set[fx.Node]:
@@ -139,7 +163,7 @@ def _only_for_maps(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _as_map(node: fx.Node, user: fx.Node) -> bool:
-    return _is_blocks(user) and user.args[3] is node and sum(arg is node for arg in user.all_input_nodes) == 1
+    return _is(user, BLOCKS) and user.args[3] is node and sum(arg is node for arg in user.all_input_nodes) == 1
 
 
 def _short(value: float) -> float:

@@ -32,9 +32,15 @@ FORMS = ("text", "pass-key")
 TRIES = 20
 SETTINGS: Mapping[str, str] = {
     "sliding-1024": "sliding-window{window=1024}",
-    "sink-512": "sink-window{window=512}",
     "sink-1024": "sink-window{window=1024}",
-    "sink-2048": "sink-window{window=2048}",
+    "topk-0.1": "block-topk{density=0.1,block=64}",
+    "topk-0.3": "block-topk{density=0.3,block=64}",
+    "xattention-0.8": "xattention{threshold=0.8}",
+    "xattention-0.9": "xattention{threshold=0.9}",
+    "pooled-0.9": "pooled-cdf{cdf=0.9}",
+    "pooled-0.98": "pooled-cdf{cdf=0.98}",
+    "slash-0.9": "vertical-slash{coverage=0.9}",
+    "zipvl-0.97": "zipvl{mass=0.97}",
 }
 """What is swept, by the name of its arm."""
 

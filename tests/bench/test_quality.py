@@ -95,10 +95,10 @@ def test_a_key_is_found_when_every_token_of_it_is_guessed() -> None:
 def test_pairs_are_counted_under_the_predicate() -> None:
     chosen = torch.tensor([[[[1, 0, 0], [0, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]]]).bool()
     causal = to_json(apply("le", axis(KEY), axis(QUERY)))
-    kept, allowed = pairs(causal, chosen, (1, 2, 10, 10), (), (), 4)
+    kept, allowed = pairs(causal, chosen, (1, 2, 10, 10), (), (), (4, 4))
     # Blocks of 4: a diagonal one has 10 pairs, a whole one 16, the last ones are 2 rows high: 8 and 3.
     assert (kept, allowed) == (10 + 10 + (8 + 3) + 55, 2 * 55)
-    assert pairs(to_json(TRUE), torch.ones(1, 1, 2, 2).bool(), (2, 4, 7, 8), (), (), 4) == (8 * 56, 8 * 56)
+    assert pairs(to_json(TRUE), torch.ones(1, 1, 2, 2).bool(), (2, 4, 7, 8), (), (), (4, 4)) == (8 * 56, 8 * 56)
 
 
 @pytest.mark.slow
