@@ -179,9 +179,9 @@ class Problem:
             )
         if self.extents[2] > 1:
             tiled = torch.ops.eff.attention_tiled_v1
-            keep, more = to_json(self.predicate), list(self.loads)
+            words, data = to_json(self.predicate), list(self.loads)
             found["tiled"] = self._kernel(
-                lambda: lambda: tiled(self.q, self.k, self.v, None, more, [], keep, "zero", scale),
+                lambda: lambda: tiled(self.q, self.k, self.v, None, data, [], words, "zero", scale),
                 self.visited((Q_BLOCK, K_BLOCK)),
             )
         return found

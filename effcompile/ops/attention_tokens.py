@@ -53,9 +53,9 @@ def attention_tokens(
     inner = to_json(_among(from_json(keep), len(loads)))
     blocks = -(-index.shape[1] // BLOCK)
     whole = torch.ones((1, 1, blocks, blocks), dtype=torch.bool, device=q.device)
-    few = [gather_rows(x, index) for x in (q, k, v)]
+    few = (gather_rows(q, index), gather_rows(k, index), gather_rows(v, index))
     out = attention_blocks(*few, whole, [*loads, index, used], sizes, inner, "zero", scale, BLOCK, BLOCK)
-    return scatter_rows(out, index, used, length)
+    return scatter_rows(out, index, used, length).contiguous()
 
 
 def _among(keep: Expr, slot: int) -> Expr:

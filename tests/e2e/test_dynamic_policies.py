@@ -37,6 +37,7 @@ def _clean() -> Iterator[None]:
         ("xattention{threshold=0.4,stride=4,block=16}", "xattention{threshold=1,stride=4,block=16}"),
         ("pooled-cdf{cdf=0.4,similarity=0,block=32}", "pooled-cdf{cdf=1,similarity=0,block=32}"),
         ("vertical-slash{coverage=0.4,block=16,column=16}", "vertical-slash{coverage=1,block=16,column=16}"),
+        ("zipvl{mass=0.4,recent=8,spread=8}", "zipvl{mass=1,recent=8,spread=8}"),
     ],
 )
 def test_one_graph_serves_all_lengths(some: str, everything: str) -> None:
@@ -149,5 +150,5 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     assert run(capsys, "explain", "zoo:llama-tiny", "--attention", "block-topk{density=2}", *shape).code == 2
     listed = run(capsys, "passes").out
-    for name in ("block-topk", "quest", "xattention", "pooled-cdf", "vertical-slash"):
+    for name in ("block-topk", "quest", "xattention", "pooled-cdf", "vertical-slash", "zipvl"):
         assert name in listed

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from effcompile.core.expr import BOOL, apply, load
 from effcompile.core.expr_eval import to_json
@@ -143,6 +144,15 @@ def test_refusals() -> None:
     check_refusal(POLICY, chunk, qkv(1, (4, 2), (70, 90)), "EFF-A504")
     full = lambda q: F.scaled_dot_product_attention(q, q, q)  # noqa: E731
     check_refusal(POLICY, full, qkv(1, (2, 2), (90, 90))[:1], "EFF-A504")
+
+
+def test_the_op_has_a_fake() -> None:
+    from effcompile import ops
+
+    ops.register()
+    operands = (*qkv(1, (2, 2), (40, 40)), [], [], to_json(CAUSAL.keep), "zero", 0.2, 0.5, 8, 8, 0.1)
+    opcheck(torch.ops.eff.attention_tokens_v1.default, operands, test_utils=("test_schema", "test_faketensor"))
+    assert torch.ops.eff.attention_tokens_v1(*operands).is_contiguous()
 
 
 def test_no_token_at_all() -> None:
