@@ -96,6 +96,10 @@ def _unsuited(node: fx.Node, given: dict[str, Any], training: bool) -> Refusal |
     if any(user.target is not operator.getitem for user in node.users) or _part(node, 1) or _part(node, 2):
         return Refusal("EFF-A109", "its LSE or its largest scores are read", "drop return_lse and return_aux")
     q, k, v = (given[name].meta["val"] for name in ("query", "key", "value"))
+    if torch.is_autocast_enabled(
+        q.device.type
+    ):  # which the op obeys, and the dtypes that tracing recorded for it do not
+        return Refusal("EFF-A107", "autocast is on around the model", "cast the model and its inputs instead")
     asked, usual = dict(given["kernel_options"]), compat.flex_kernel_options(q, k, v)
     odd = [name for name in asked if name != "OUTPUT_LOGSUMEXP" and asked[name] != usual.get(name)]
     if odd:

@@ -64,6 +64,18 @@ def test_one_graph_serves_other_lengths() -> None:
     assert sites() == [("flex", "causal", "sdpa-causal")]
 
 
+@torch.no_grad()
+def test_autocast_around_the_model_keeps_the_call() -> None:
+    ids = torch.arange(S).ge(90).long().expand(2, S).contiguous()
+    args = (*qkv(), ids, torch.rand(4))
+    with debugging(), torch.autocast("cpu", torch.bfloat16):
+        expected = banded(*args)
+        result = torch.compile(banded, backend="eff", options=CHEAP)(*args)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected)
+    assert [m["refusal"][:8] for graph in eff.report()["graphs"] for m in graph["missed"]] == ["EFF-A107"]
+
+
 class Held(nn.Module):
     def __init__(self) -> None:
         super().__init__()
