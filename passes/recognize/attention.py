@@ -20,6 +20,7 @@ from effcompile.passes.recognize.aliases import Aliases
 from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable
 from effcompile.passes.recognize.flex import erase, is_flex, match_flex
+from effcompile.passes.recognize.layouts import laid_out, tells_layout
 from effcompile.passes.recognize.mask import ReadMask, split
 from effcompile.passes.recognize.match import Match, NoMatch, Term, same_size
 from effcompile.passes.recognize.origins import Origins
@@ -182,6 +183,8 @@ class _Raiser:
             )
             call.meta["eff.site"] = site.id
             result = self._shaped(call, match)
+            if match.read is not None and tells_layout(anchor):
+                result = laid_out(edit, result, anchor.meta["val"])
         edit.replace(anchor, result)
         self.pinned.extend(node.name for node in read.pinned)
         return site

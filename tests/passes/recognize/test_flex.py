@@ -90,6 +90,25 @@ def test_repeated_heads_are_looked_through() -> None:
     check_raised(call, qkv(heads=2), "causal", kv_heads=2, idiom="flex+repeat_kv")
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_the_layout_of_the_result_is_kept_for_those_who_can_tell(contiguous: bool, dynamic: bool) -> None:
+    def view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = masked(causal, score=lambda s, b, h, i, j: torch.tanh(s))(q, k, v)
+        return out.view(B, H, -1) if contiguous else out.transpose(1, 2).view(B, -1, H * D)
+
+    def strided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = scored(lambda s, b, h, i, j: torch.where(j > i, s, -1e9))(q, k, v)
+        return out.as_strided((B, 7, 5), (S * H * D, 3, 1))
+
+    given = [x.contiguous() if contiguous else x for x in qkv()]
+    check_raised(view, given, "causal", dynamic=dynamic)
+    check_raised(strided, given, dynamic=dynamic)
+    raised = check_raised(masked(causal), given, "causal", dynamic=dynamic)
+    if not dynamic:  # else the graph has sizes among its inputs
+        assert raised.run(*given)[0].stride() == given[0].stride()  # what is returned
+
+
 def test_symbolic_lengths() -> None:
     check_raised(masked(MASKS["window(19) & causal"]), qkv(), "window(19) & causal", dynamic=True)
     check_raised(scored(lambda s, b, h, i, j: torch.where(i >= j, s, -INF)), qkv(), "causal", dynamic=True)
