@@ -94,8 +94,12 @@ def compiled(
     scale: float,
     q_block: int,
     k_block: int,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys."""
+    """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys.
+
+    The result goes into `out` `[B, Hq, Q, Dv]` where it is given, whose last dimension is dense.
+    """
     q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, rows, depth = q.shape
     extents = (batch, heads, rows, k.shape[2])
@@ -104,10 +108,10 @@ def compiled(
     parts = split_limits(keep)
     limits = values(parts, extents, loads, sizes)
     tile_of, tiles = _tiles(parts, chosen, some, every, extents, (q_block, k_block), loads, sizes)
-    out = q.new_empty((batch, heads, rows, v.shape[3]))
+    out = q.new_empty((batch, heads, rows, v.shape[3])) if out is None else out
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
     shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], q_block, k_block]
-    shape += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    shape += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]]
     shape += [chosen.shape[0], chosen.shape[1], every.shape[0], every.shape[1]]
     first, last = limits.first, limits.last
     cuts = max((x.shape[0] for x in (first, last) if x is not None), default=1)

@@ -1,7 +1,8 @@
 """Compile the C++ kernels of this folder once, with TorchInductor's compiler and flags, and call them.
 
-TorchInductor keeps the library on disk, keyed by source, flags and torch version. Where there is no C++ compiler the kernels are
-absent, and their callers have a composition of torch operations instead.
+TorchInductor keeps the library on disk, keyed by source, flags and torch version. Where there is no C++ compiler, or where
+TorchInductor finds no vector instructions and would build code that is many times slower, the kernels are absent, and their
+callers have a composition of torch operations instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def prefetch() -> None:
 def _built() -> ctypes.CDLL | None:
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+    if not pick_vec_isa():
+        return None
     source = resources.files("effcompile.ops").joinpath("cpp", "attention_blocks.cpp").read_text(encoding="utf-8")
     try:
         found: ctypes.CDLL = CppCodeCache.load(source)

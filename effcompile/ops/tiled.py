@@ -41,18 +41,21 @@ def attention_tiled(
     """Compute attention under a predicate.
 
     q `[B, Hq, Q, D]`, k `[B, Hkv, K, D]`, v `[B, Hkv, K, Dv]`, sinks `[Hq]`; `keep` is the predicate over `loads` and `sizes`. An
-    empty row gives 0, or the mean of V where `empty_row` is "uniform", of which a sink leaves nothing. Returns `[B, Hq, Q, Dv]`.
+    empty row gives 0, or the mean of V where `empty_row` is "uniform", of which a sink leaves nothing. Returns `[B, Hq, Q, Dv]`,
+    laid out as `[B, Q, Hq, Dv]`: what reads it joins the heads.
     """
+    out = _fake(q, k, v)
     if q.dtype not in native.DTYPES or native.library() is None or 0 in (*q.shape, k.shape[2]):
-        return _composed(q, k, v, sinks, loads, sizes, keep, empty_row, scale)
+        return out.copy_(_composed(q, k, v, sinks, loads, sizes, keep, empty_row, scale))
     grid = torch.ones((1, 1, -(-q.shape[2] // Q_BLOCK), -(-k.shape[2] // K_BLOCK)), dtype=torch.bool)
-    out, lse = compiled(q, k, v, grid, loads, sizes, keep, scale, Q_BLOCK, K_BLOCK)
+    _, lse = compiled(q, k, v, grid, loads, sizes, keep, scale, Q_BLOCK, K_BLOCK, out)
     if sinks is not None:
-        out = (out * gate(lse, sinks)).to(q.dtype)
+        out.mul_(gate(lse, sinks))
     if from_json(keep) != TRUE:
         dead = lse == -math.inf
         if bool(dead.any()):
-            out = torch.where(dead[..., None], empty_rows(v, q.shape[1] // k.shape[1], empty_row, sinks), out)
+            # Assigned, not chosen by `where`, which is free to lay out its result in another way.
+            out.copy_(torch.where(dead[..., None], empty_rows(v, q.shape[1] // k.shape[1], empty_row, sinks), out))
     return out
 
 
@@ -76,7 +79,7 @@ def _composed(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
 def register() -> None:

@@ -47,6 +47,7 @@ def check(
     arguments = (q, k, v, sinks, loads, [], text, rule, scale)
     found = tiled.attention_tiled(*arguments) if compiled else tiled._composed(*arguments)
     exact = meaning(q.double(), k.double(), v.double(), None if sinks is None else sinks.double())
+    assert not compiled or found.stride() == tiled._fake(q, k, v).stride()
     near([found], [meaning(q, k, v, sinks)], [exact], "tiled")
 
 
@@ -140,3 +141,10 @@ def test_the_kernels_are_built_beside_other_work(monkeypatch: pytest.MonkeyPatch
     assert native.library() is None
     native.prefetch()
     assert built == [1]
+
+
+def test_no_scalar_kernels_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: False)
+    assert native._built.__wrapped__() is None

@@ -32,7 +32,7 @@ constexpr float NEG = -std::numeric_limits<float>::infinity();
 
 struct Problem {
   int64_t batch, heads, kv_heads, rows, columns, depth, width, q_block, k_block;
-  int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, head, position; the last dimension is contiguous
+  int64_t q_stride[3], k_stride[3], v_stride[3], o_stride[3];  // batch, head, position; the last dimension is contiguous
   int64_t map_batch, map_heads, mask_batch, mask_heads, limit_batch, pad_batch, tile_batch, tile_heads;
   int64_t q_blocks, k_blocks, threads;
   const uint8_t* chosen;   // [map_batch, map_heads, q_blocks, k_blocks]: blocks to compute
@@ -314,11 +314,11 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
       panel(rows, probs, lds, Pieces<T>{pieces, depths, many, each}, sums + j, wide, n ? alpha : nullptr);
     }
   }
-  S* to = out + ((b * p.heads + h) * p.rows + qb * p.q_block) * p.width;
+  S* to = out + b * p.o_stride[0] + h * p.o_stride[1] + qb * p.q_block * p.o_stride[2];
   float* log = lse + (b * p.heads + h) * p.rows + qb * p.q_block;
   for (int64_t i = 0; i < rows; ++i) {
     const float by = total[i] > 0.f ? 1.f / total[i] : 0.f;
-    for (int64_t j = 0; j < p.width; ++j) to[i * p.width + j] = static_cast<S>(sums[i * wide + j] * by);
+    for (int64_t j = 0; j < p.width; ++j) to[i * p.o_stride[2] + j] = static_cast<S>(sums[i * wide + j] * by);
     log[i] = total[i] > 0.f ? largest[i] + std::log(total[i]) : NEG;
   }
 }
@@ -384,7 +384,7 @@ extern "C" void eff_attention_blocks(int64_t dtype, const int64_t* sizes, const 
   Problem p{};
   int64_t at = 0;
   for (int64_t* field : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.columns, &p.depth, &p.width, &p.q_block, &p.k_block}) *field = sizes[at++];
-  for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride})
+  for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride, p.o_stride})
     for (int i = 0; i < 3; ++i) stride[i] = sizes[at++];
   for (int64_t* field : {&p.map_batch, &p.map_heads, &p.mask_batch, &p.mask_heads, &p.limit_batch, &p.pad_batch, &p.tile_batch,
                          &p.tile_heads, &p.threads})
