@@ -32,6 +32,7 @@ from effcompile.core.program import Break, Program
 from effcompile.core.site import AttentionSite, place
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
+from effcompile.lowering.rates import attained
 from effcompile.modules import attention_modules, holders
 from effcompile.observe import Observation, SeenGraph, observe, observe_export
 from effcompile.planning import pricing
@@ -219,9 +220,9 @@ class _Pricer:
 
     @classmethod
     def of(cls, target: Target) -> _Pricer:
-        kernels = all_kernels()
+        kernels, device = all_kernels(), attained(target.device)
         return cls(
-            pricing.once(lambda site: pricing.floor(site, target.device, estimate.density(site))),
+            pricing.once(lambda site: pricing.floor(site, device, estimate.density(site))),
             pricing.once(lambda site: pricing.crossovers(site, kernels, target)),
         )
 

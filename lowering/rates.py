@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -141,6 +141,16 @@ def read(name: str, data: Mapping[str, Any]) -> Rates:
         made = LinearGain(int(inputs), int(outputs), tuple(value["rows"]), tuple(value["gains"]))
         linear[dtype] = (*linear.get(dtype, ()), made)
     return Rates(name, dict(data.get("gemm", {})), curves, linear, str(data.get("about", "")))  # type: ignore[arg-type]
+
+
+def attained(device: Device) -> Device:
+    """Return the device with the peaks that its family's GEMM reached, where those are above the modelled ones."""
+    rates = rates_of(device)
+    if rates is None:
+        return device
+    return replace(
+        device, peak_flops=tuple((name, peak * max(1.0, rates.gemm.get(name, 1.0))) for name, peak in device.peak_flops)
+    )
 
 
 def rates_of(device: Device) -> Rates | None:

@@ -23,12 +23,13 @@ from effcompile.core.program import Entry
 from effcompile.core.site import AttentionSite, shared
 from effcompile.core.target import Device, Target
 from effcompile.cost.crossover import Crossover, measured_crossover
-from effcompile.cost.roofline import bottleneck, time
+from effcompile.cost.roofline import Efficiency, bottleneck, time
 from effcompile.cost.symbolic import AttentionShape, attention, gemm
 
 NOMINAL = 1024  # what a symbolic size is priced at
 _LENGTHS = tuple(2**power for power in range(6, 18))  # 64 to 131,072 tokens
 # What runs a site the way its source spells it, cheapest change first: the side that another kernel has to beat.
+_WHOLE = Efficiency(overhead=0.0)
 _AS_WRITTEN = ("dense", "sdpa", "math")
 _PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul")
 
@@ -64,7 +65,7 @@ def extent(value: int | str) -> int:
 
 
 def floor(site: AttentionSite, device: Device, visited: float) -> Floor:
-    """Return the roofline of the site where `visited` is the share of blocks that the mask leaves."""
+    """Return the roofline of the site, every unit at its peak; `visited` is the share of blocks that the mask leaves."""
     shape = AttentionShape(
         B=extent(site.batch),
         Hq=extent(site.heads),
@@ -77,7 +78,7 @@ def floor(site: AttentionSite, device: Device, visited: float) -> Floor:
     dtype = site.dtype if device.supports(site.dtype) else "float32"
     width = 2 if site.dtype in ("bfloat16", "float16") else 8 if site.dtype == "float64" else 4
     cost = attention(shape, "flash", element_bytes=width, block_density=visited)
-    return Floor(float(time(cost, device, dtype)), bottleneck(cost, device, dtype))
+    return Floor(float(time(cost, device, dtype, _WHOLE)), bottleneck(cost, device, dtype, _WHOLE))
 
 
 def crossovers(site: AttentionSite, kernels: Sequence[AttentionKernel], target: Target) -> tuple[Pays, ...]:
