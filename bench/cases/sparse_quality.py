@@ -199,5 +199,7 @@ def _many_graphs(count: int) -> Iterator[None]:
     """Let Dynamo keep a graph for each arm of the same code."""
     from torch._dynamo import config
 
-    with config.patch(recompile_limit=max(count + 2, config.recompile_limit)):
+    # A second entry a policy is the profile's. Past the limit Dynamo runs eagerly, which would be timed as the policy.
+    limit = max(2 * count + 2, config.recompile_limit)
+    with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         yield
