@@ -60,7 +60,7 @@ def _texts(row: Mapping[str, Any]) -> str:
         cells = [
             f"`{arm['policy'] or DENSE}`",
             f"{arm['seconds']['median']:.2f} s",
-            f"{speed.get(name, 1.0):.2f}x",
+            f"{speed[name]:.2f}x" if name in speed else "1.00x" if name == DENSE else "-",
             f"{arm['density']:.3f}" if "density" in arm else "-",
             f"{100 * arm['selector_share']:.1f} %" if "selector_share" in arm else "-",
         ]

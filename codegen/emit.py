@@ -13,7 +13,7 @@ from effcompile.codegen.interpreter import interpret_graph
 from effcompile.core.options import Options
 from effcompile.ops import native
 
-_NATIVE = ("eff::attention_tiled_v1", "eff::attention_blocks_v1")
+_NATIVE = ("eff::attention_tiled_v1", "eff::attention_blocks_v1", "eff::attention_tokens_v1")
 """Ops that run the C++ kernels on CPU tensors."""
 
 
