@@ -40,14 +40,27 @@ def install_tables(names: Sequence[str], folder: Path, path: Path = INSTALLED) -
         if name not in TABLES:
             raise unknown("EFF-B110", "table", name, TABLES, hint="eff bench attention-table linear-table --install")
     lines = []
-    for name in names or TABLES:
-        family, part = measured(store.read(store.path_of(folder, name, "cpu")))
+    for name, document in tables(names or TABLES, folder):
+        family, part = measured(document)
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"families": {}}
         told["families"].setdefault(family, {}).update(part)
         text = json.dumps({"schema": rates.SCHEMA, "families": told["families"]}, indent=1, sort_keys=True)
         path.write_text(_one_line_lists(text) + "\n", encoding="utf-8")
         lines.append(f"{name}: installed for {family}")
     return lines
+
+
+def tables(names: Sequence[str], folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the stored tables of every machine, with their names.
+
+    Raises:
+        EffError: EFF-B106 where a name has none.
+    """
+    found = [(name, [store.read(path) for path in sorted(folder.glob(f"*/{name}.json"))]) for name in names]
+    for name, documents in found:
+        if not documents:
+            raise EffError("EFF-B106", f"there are no results of {name} yet", hint=f"eff bench {name}")
+    return [(name, document) for name, documents in found for document in documents]
 
 
 def measured(document: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -71,7 +71,6 @@ def cpu() -> dict[str, Any]:
 
     `family` is its name in the planner's table of rates, `peaks` are the modelled FLOP/s of all usable cores, by dtype.
     """
-    from effcompile.lowering.rates import family
     from effcompile.targets.detect import detect_cpu, read_clock, read_isa
 
     text = _read("/proc/cpuinfo")
@@ -83,10 +82,20 @@ def cpu() -> dict[str, Any]:
         "torch_capability": capability,
         "extensions": [word for word in _EXTENSIONS if re.search(rf"\b{word}\b", text)],
         "cores": detect_cpu().cores,
-        "family": family(detect_cpu()),
+        "family": machine_name("cpu"),
         "peaks": dict(detect_cpu().peak_flops),
         "clock": read_clock(text),
     }
+
+
+def machine_name(device: str) -> str:
+    """Return what the results of this machine are kept under: its family in the planner's table, or the name of its GPU."""
+    if device == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", str(torch.cuda.get_device_properties(0).name).lower()).strip("-")
+    from effcompile.lowering.rates import family
+    from effcompile.targets.detect import detect_cpu
+
+    return family(detect_cpu())
 
 
 def gpu() -> dict[str, Any]:

@@ -126,7 +126,6 @@ def caption(document: Mapping[str, Any]) -> str:
 
 def machine(manifest: Mapping[str, Any]) -> str:
     """Return one line: date, chip, threads, versions and commit of a run."""
-    chip = manifest["gpu"]["name"] if manifest.get("gpu") else f"{manifest['cpu']['model']} ({manifest['cpu']['isa']})"
     versions = manifest["versions"]
     peers = ", ".join(
         f"{name} {versions[name]}"
@@ -134,17 +133,28 @@ def machine(manifest: Mapping[str, Any]) -> str:
         if versions.get(name)
     )
     commit = (manifest["commit"].get("hash") or "unknown")[:10] + ("+" if manifest["commit"].get("modified") else "")
-    return f"{manifest['date'][:10]}, {chip}, {manifest['threads']} threads, {peers}, commit {commit}"
+    return f"{manifest['date'][:10]}, {chip(manifest)}, {manifest['threads']} threads, {peers}, commit {commit}"
+
+
+def chip(manifest: Mapping[str, Any]) -> str:
+    """Return the name of the chip of a run, with what its instruction set adds: two chips may share a vague name."""
+    if manifest.get("gpu"):
+        return str(manifest["gpu"]["name"])
+    return f"{manifest['cpu']['model']} ({manifest['cpu'].get('family') or manifest['cpu']['isa']})"
 
 
 def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Return the README's results: a table a case, with its circumstances and the reasons of what is missing."""
+    """Return the README's results: for each machine a table a case, with its circumstances and the reasons of what is missing."""
     parts = [
         "All figures are measured (none modelled) by `eff bench`: medians of rounds in which the arms take turns. In "
         "parentheses: how many times as fast as the first column, from ratios taken round by round. `against the "
         "fastest peer` is the smallest of eff's ratios."
     ]
-    parts += [section(document) for document in documents if document["headline"] and document["rows"]]
+    shown = [document for document in documents if document["headline"] and document["rows"]]
+    for name in dict.fromkeys(document["machine"] for document in shown):
+        mine = [document for document in shown if document["machine"] == name]
+        chips = dict.fromkeys(chip(m) for document in mine for m in document["runs"].values())
+        parts += [f"### On {' and '.join(chips)}", *(section(document) for document in mine)]
     return "\n\n".join(parts)
 
 
@@ -153,7 +163,7 @@ def section(document: Mapping[str, Any]) -> str:
     notes: list[str] = []
     arms = arm_names(document)
     place = "" if document["device"] == "cpu" else f" on {document['device']}"
-    lines = [f"### {document['title']}{place}", "", document["about"], ""]
+    lines = [f"#### {document['title']}{place}", "", document["about"], ""]
     lines.append("| row | " + " | ".join(arms) + " | against the fastest peer |")
     lines.append("| --- |" + " ---: |" * (len(arms) + 1))
     for row in document["rows"]:

@@ -13,7 +13,7 @@ import torch
 from bench import store
 from bench.case import Case, Settings, Watch, cases, find_case
 from bench.clocks import require_device
-from bench.manifest import ROOT, manifest
+from bench.manifest import ROOT, machine_name, manifest
 from effcompile.core.errors import EffError, unknown
 
 RESULTS = ROOT / "bench" / "results"
@@ -77,8 +77,9 @@ def run(
 def _run_case(
     case: Case, settings: Settings, progress: bool, shown: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    path = None if settings.results is None else store.path_of(settings.results, case.name, settings.device)
-    fresh = store.empty(case.name, case.title, case.about, case.unit, settings.device, headline=case.headline)
+    machine = machine_name(settings.device)
+    path = None if settings.results is None else store.path_of(settings.results, machine, case.name)
+    fresh = store.empty(case.name, case.title, case.about, case.unit, settings.device, machine, headline=case.headline)
     document = (
         fresh if path is None or not path.is_file() else {**store.read(path), "title": case.title, "about": case.about}
     )
@@ -143,12 +144,12 @@ def listing(settings: Settings) -> list[dict[str, Any]]:
 
 
 def stored(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return all result documents of a folder, by file name.
+    """Return all result documents of a folder, by machine and case.
 
     Raises:
         EffError: EFF-B106 where there is none, or one cannot be read.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob("*/*.json"))
     if not paths:
         raise EffError("EFF-B106", "there are no benchmark results yet", hint="eff bench")
     return [store.read(path) for path in paths]

@@ -1,4 +1,7 @@
-"""Keep results: one JSON file a case, rows replaced one by one, so that a long case can be run in parts and resumed."""
+"""Keep results: one JSON file a machine and case, rows replaced one by one, so that a long case can be run in parts and resumed.
+
+Figures of different machines never meet in a file, for their rows would be read as comparable.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,14 @@ _MANIFEST = {
 }
 
 
-def path_of(folder: Path, case: str, device: str) -> Path:
-    """Return the file of a case; measurements of a GPU are kept beside those of the CPU."""
-    return folder / (f"{case}.json" if device == "cpu" else f"{case}-{device}.json")
+def path_of(folder: Path, machine: str, case: str) -> Path:
+    """Return the file of a case as measured on a machine: a family of CPUs, or a GPU (`manifest.machine_name`)."""
+    return folder / machine / f"{case}.json"
 
 
-def empty(case: str, title: str, about: str, unit: str, device: str, *, headline: bool = True) -> dict[str, Any]:
+def empty(
+    case: str, title: str, about: str, unit: str, device: str, machine: str, *, headline: bool = True
+) -> dict[str, Any]:
     """Return a document without rows."""
     return {
         "schema": SCHEMA,
@@ -41,6 +46,7 @@ def empty(case: str, title: str, about: str, unit: str, device: str, *, headline
         "about": about,
         "unit": unit,
         "device": device,
+        "machine": machine,
         "tag": "measured",
         "headline": headline,
         "runs": {},
@@ -113,7 +119,7 @@ def check(document: Any) -> list[str]:
         return [f"its schema is not {SCHEMA}"]
     problems = [
         f"no `{key}`"
-        for key in ("case", "title", "about", "unit", "device", "tag", "headline", "runs", "rows")
+        for key in ("case", "title", "about", "unit", "device", "machine", "tag", "headline", "runs", "rows")
         if key not in document
     ]
     if problems:

@@ -12,6 +12,7 @@ import bisect
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -119,9 +120,12 @@ def power_law(places: Sequence[int], values: Sequence[float], at: float) -> floa
 
 
 def family(device: Device) -> str:
-    """Return the key of a CPU in the table: its instruction set, and whether it has units for bfloat16."""
+    """Return the key of a CPU in the table: its maker, its instruction set, and whether it has units for bfloat16.
+
+    The maker counts: MKL, behind torch's matrix products, picks its code by it.
+    """
     units = device.supports("bfloat16") and device.peak("bfloat16") > device.peak("float32")
-    return f"{device.compute}{'+bf16' if units else ''}"
+    return f"{device.vendor}{'-' if device.vendor else ''}{device.compute}{'+bf16' if units else ''}"
 
 
 @functools.cache
@@ -156,3 +160,12 @@ def attained(device: Device) -> Device:
 def rates_of(device: Device) -> Rates | None:
     """Return the rates that were measured on CPUs of this family, or None."""
     return table().get(family(device)) if device.kind == "cpu" else None
+
+
+def nearest_rates(device: Device) -> Rates | None:
+    """Return the rates of this family, else those of the family that shares most of its name; None for what is no CPU."""
+    if device.kind != "cpu":
+        return None
+    words = set(re.split(r"[-+]", family(device)))
+    near = sorted(table(), key=lambda name: (-len(words & set(re.split(r"[-+]", name))), name))
+    return rates_of(device) or (table()[near[0]] if near else None)

@@ -113,7 +113,7 @@ def bench(
 ) -> int:
     """Measure this project against eager, TorchInductor, ONNX Runtime and OpenVINO, side by side in one run.
 
-    The arms take turns; results go to bench/results/CASE.json row by row, so a run that is stopped keeps what it has,
+    The arms take turns; results go to bench/results/MACHINE/CASE.json row by row, so a run that is stopped keeps what it has,
     and one that is repeated replaces its rows. Exit code 1 where an arm of ours failed or is less exact
     than the rule allows.
     """
@@ -146,9 +146,9 @@ def bench(
 
 def _write_pages(report: Any, documents: Any) -> int:
     pages = {"README.md": report.write_readme(checkout() / "README.md", documents)}
-    for document in documents:
-        if document["case"] == "sparse-quality":
-            pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", document)
+    if quality := [document for document in documents if document["case"] == "sparse-quality"]:
+        latest = max(quality, key=lambda document: max(document["runs"]))
+        pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", latest)
     for page, changed in pages.items():
         stdout().print(f"{page}: results written" if changed else f"{page}: already up to date")
     return 0

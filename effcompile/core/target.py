@@ -66,7 +66,8 @@ class Device:
     together), `memory_bytes` the device memory, `cache_bytes` the fast memory that one core (SM, CU) gives to one
     block, `exp_rate` exponentials/s of the whole chip, `call_overhead` seconds for launching one kernel.
     `source` links the data sheet; `modelled` names the fields that it does not give and that were derived instead.
-    `common` is true for the chip that a bare compute word means.
+    `common` is true for the chip that a bare compute word means. `vendor` is the maker of a CPU (`amd`, `intel`): libraries
+    pick their code by it, so CPUs of one instruction set and two makers have rates of their own.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Device:
     call_overhead: float = 0.0
     modelled: tuple[str, ...] = ()
     common: bool = True
+    vendor: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.peak_flops, Mapping):

@@ -50,6 +50,7 @@ def model(
     *,
     memory_bytes: int = 32 * 10**9,
     cache_bytes: int = 1024 * 1024,
+    vendor: str = "",
     source: str = _MANUAL,
 ) -> Device:
     """Build the modelled CPU device for `cores` at `clock` Hz with `cache_bytes` of private cache per core."""
@@ -72,6 +73,7 @@ def model(
         exp_rate=cores * clock * isa.exps,
         cores=cores,
         source=source,
+        vendor=vendor,
         call_overhead=_DISPATCH,
         modelled=("peak_flops", "memory_bandwidth", "l2_bandwidth", "exp_rate", "call_overhead"),
     )

@@ -109,7 +109,16 @@ def detect_cpu() -> Device:
         clock=read_clock(text, _read("/sys/devices/system/cpu/cpu0/cpufreq/base_frequency")),
         memory_bytes=_memory_bytes(),
         cache_bytes=_private_cache_bytes(),
+        vendor=read_vendor(text),
     )
+
+
+def read_vendor(cpuinfo: str) -> str:
+    """Return the maker of the CPU from /proc/cpuinfo in one lower-case word, or '' where it is not told."""
+    found = re.search(r"^(?:vendor_id|CPU implementer)\s*:\s*(\S+)", cpuinfo, re.MULTILINE)
+    word = found[1] if found else ""
+    known = {"AuthenticAMD": "amd", "GenuineIntel": "intel", "0x41": "arm", "0xc0": "ampere", "0x61": "apple"}
+    return known.get(word, re.sub(r"[^a-z0-9]", "", word.lower()))
 
 
 def read_isa(cpuinfo: str, capability: str, machine: str) -> cpu.Isa:

@@ -1,11 +1,11 @@
 """Run attention over a run-time block map on CPU, with the C++ kernel behind the op.
 
 Measured on two Zen 4 cores at 8,192 tokens, 9 query and 3 key heads of dimension 64, causal, 10 % of the pairs kept in blocks of
-128 (bench/results/sparse-attention.json, times over torch's SDPA with is_causal, float32 / bfloat16): this kernel 10.0 / 13.7, with
-the selector of block-topk 9.2 / 11.7; gathering the keys of each block of queries and multiplying with torch 2.0 / 2.1. At 2,048
-tokens the blocks that always stay are 18 % of the pairs, and the selector weighs more: 3.7 / 4.3 in all. What made the kernel: sums
-of a tile of scores in bare registers (arrays of at::vec's class went through memory, at half the rate in float32), 256 columns of
-scores at a time, dot-product instructions for bfloat16.
+128 (bench/results/amd-x86-64-avx512+bf16/sparse-attention.json, times over torch's SDPA with is_causal, float32 / bfloat16): this
+kernel 10.0 / 13.7, with the selector of block-topk 9.2 / 11.7; gathering the keys of each block of queries and multiplying with
+torch 2.0 / 2.1. At 2,048 tokens the blocks that always stay are 18 % of the pairs, and the selector weighs more: 3.7 / 4.3 in all.
+What made the kernel: sums of a tile of scores in bare registers (arrays of at::vec's class went through memory, at half the rate
+in float32), 256 columns of scores at a time, dot-product instructions for bfloat16.
 """
 
 from __future__ import annotations

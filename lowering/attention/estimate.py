@@ -13,7 +13,7 @@ from effcompile.core.kernel import Supported
 from effcompile.core.mask import Mask, causal_offset, document_slot, key_padding_slot, window_left
 from effcompile.core.site import AttentionSite
 from effcompile.core.target import Target
-from effcompile.lowering.rates import Curve, Rates, rates_of, table
+from effcompile.lowering.rates import Curve, Rates, nearest_rates, rates_of
 
 # Where nothing was measured (GPUs, and kernels that the table lacks): the share of the GEMM rate in float32 and in half precision.
 _RATE = {
@@ -58,7 +58,7 @@ def price(kind: str, site: AttentionSite, target: Target, share: float) -> Suppo
     flops = 2.0 * pairs * (site.head_dim + site.value_dim) * share
     peak = target.device.peak(site.dtype if target.device.supports(site.dtype) else "float32")
     mine = rates_of(target.device)
-    stand_in = mine or (next(iter(table().values()), None) if target.device.kind == "cpu" else None)
+    stand_in = nearest_rates(target.device)
     dtype = _NEAREST.get(site.dtype, site.dtype)
     found = None if stand_in is None else _curve(stand_in, kind, dtype, site)
     if stand_in is None or found is None:

@@ -2,8 +2,8 @@
 
 Its products are register tiles on packed keys and values, on dot-product instructions for bfloat16 where the CPU has them. Measured
 on two AVX-512 cores at 4,096 tokens, head dimension 64, causal: 1.3 times as fast as torch's flash kernel in float32, 2.0 times in
-bfloat16; at 256 tokens 0.8 and 1.2 times (bench/results/attention-table.json). So it runs only where the package's table has
-rates of this CPU.
+bfloat16; at 256 tokens 0.8 and 1.2 times (bench/results/amd-x86-64-avx512+bf16/attention-table.json). So it runs only where the
+package's table has rates of this CPU.
 """
 
 from __future__ import annotations

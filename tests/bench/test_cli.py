@@ -63,7 +63,7 @@ def test_a_quick_run_prints_and_writes_nothing(
         capsys, "bench", "dit", "--quick", "--arms", "eager", "--dtypes", "fp32", "--out", str(tmp_path), "--json"
     )
     assert json.loads(done.out)[0]["rows"][0]["id"] == "64-float32"
-    assert [path.name for path in tmp_path.iterdir()] == ["dit.json"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["dit.json"]
 
 
 def test_the_readme_gets_the_stored_results(
@@ -75,7 +75,7 @@ def test_the_readme_gets_the_stored_results(
     done = run(capsys, "bench", "--readme", "--out", str(tmp_path))
     assert done.code == 2
     assert "EFF-B106" in done.err
-    store.write(tmp_path / "demo.json", document())
+    store.write(tmp_path / "chip" / "demo.json", document())
     (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
     assert run(capsys, "bench", "--readme", "--out", str(tmp_path)).code == 0
-    assert "### Demo" in (tmp_path / "README.md").read_text()
+    assert "### On Chip (avx)\n\n#### Demo" in (tmp_path / "README.md").read_text()

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import store
-from bench.condense import INSTALLED, TABLES, curve, install_tables, measured
+from bench.condense import INSTALLED, TABLES, curve, install_tables, measured, tables
 from bench.run import RESULTS
 from effcompile.core.errors import EffError
 from effcompile.lowering.rates import read
 
-
-def stored(case: str) -> dict[str, Any]:
-    return store.read(store.path_of(RESULTS, case, "cpu"))
+STORED = tables(TABLES, RESULTS)
 
 
-@pytest.mark.parametrize("case", TABLES)
-def test_the_package_has_what_was_measured(case: str) -> None:
-    name, part = measured(stored(case))
+@pytest.mark.parametrize("at", range(len(STORED)))
+def test_the_package_has_what_was_measured(at: int) -> None:
+    case, document = STORED[at]
+    name, part = measured(document)
+    assert name == document["machine"]
     installed = json.loads(INSTALLED.read_text())["families"][name]
     assert {key: installed[key] for key in part} == part, f"eff bench {case} --install"
 
@@ -33,7 +31,7 @@ def test_installing_again_changes_nothing_and_keeps_other_machines(tmp_path: Pat
     told = json.loads(INSTALLED.read_text())
     told["families"]["another"] = {"about": "", "gemm": {}, "curves": {}}
     path.write_text(json.dumps(told))
-    assert len(install_tables([], RESULTS, path)) == 2
+    assert len(install_tables([], RESULTS, path)) == len(STORED)
     assert json.loads(path.read_text()) == told
 
 
@@ -54,7 +52,7 @@ def test_a_curve_finds_overhead_and_rate(call: float, share: float, factor: floa
 
 
 def test_tables_of_several_machines_are_refused() -> None:
-    document = stored("attention-table")
+    _, document = tables(["attention-table"], RESULTS)[0]
     (date, *_) = document["runs"]
     run = document["runs"][date]
     mixed = {**document, "runs": {**document["runs"], "2000-01-01": {**run, "threads": 64}}}

@@ -40,13 +40,13 @@ def row(name: str, eager: float, eff: float) -> dict[str, Any]:
 
 def document() -> dict[str, Any]:
     """Return two rows of one run."""
-    made = store.empty("demo", "Demo", "About it.", "call", "cpu")
+    made = store.empty("demo", "Demo", "About it.", "call", "cpu", "chip")
     return store.merge(made, facts("2030-01-01T00:00:00+00:00"), [row("a", 4.0, 1.0), row("b", 0.004, 0.001)])
 
 
 def test_a_good_document_has_no_problems(tmp_path: Path) -> None:
     assert store.check(document()) == []
-    path = store.path_of(tmp_path / "results", "demo", "cpu")
+    path = store.path_of(tmp_path / "results", "chip", "demo")
     store.write(path, document())
     assert store.read(path) == document()
     assert [item.name for item in path.parent.iterdir()] == ["demo.json"]
@@ -110,7 +110,3 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text("[]")
     with pytest.raises(EffError, match="no result file"):
         store.read(tmp_path / "demo.json")
-
-
-def test_gpu_results_lie_beside_those_of_the_cpu(tmp_path: Path) -> None:
-    assert store.path_of(tmp_path, "dit", "cuda").name == "dit-cuda.json"

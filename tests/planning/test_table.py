@@ -1,4 +1,4 @@
-"""Walk the measured table: in no row may the planner choose a kernel that was measured slower than another that it could choose."""
+"""Walk the measured tables: in no row may the planner choose a kernel that was measured slower than another it could choose."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench import store
 from bench.cases.attention_table import MASKS, AttentionTable, predicate_of
+from bench.condense import TABLES, tables
 from bench.run import RESULTS
 from effcompile.compiler import all_kernels
 from effcompile.core.kernel import Supported
@@ -20,11 +20,15 @@ from effcompile.lowering.rates import family, rates_of
 from effcompile.planning.planner import KERNEL, Circumstances, make_plan, source_kernel
 from effcompile.targets import cpu
 
-TARGET = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9))
+TARGETS = {
+    "intel-x86-64-avx512": Target(cpu.model(cpu.AVX512_VNNI, cores=2, clock=2.5e9, vendor="intel")),
+    "amd-x86-64-avx512+bf16": Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9, vendor="amd")),
+}
 NOISE = 1.05
 # Documents, and how many positions are real, are data: a plan is made before they are known, for a share that is assumed.
 DATA = ("padding", "causal-padding", "documents")
-TABLE = store.read(store.path_of(RESULTS, "attention-table", "cpu"))
+STORED = {(name, document["machine"]): document for name, document in tables(TABLES, RESULTS)}
+MACHINES = sorted(machine for name, machine in STORED if name == "attention-table")
 
 
 def site_of(at: dict[str, Any], idiom: str) -> AttentionSite:
@@ -48,18 +52,20 @@ def site_of(at: dict[str, Any], idiom: str) -> AttentionSite:
     )
 
 
-def test_the_table_is_of_this_family() -> None:
-    assert {run["cpu"].get("family", family(TARGET.device)) for run in TABLE["runs"].values()} == {
-        family(TARGET.device)
-    }
+@pytest.mark.parametrize(("name", "machine"), STORED)
+def test_a_table_is_of_one_family(name: str, machine: str) -> None:
+    assert family(TARGETS[machine].device) == machine
+    assert {run["cpu"].get("family", machine) for run in STORED[name, machine]["runs"].values()} == {machine}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("idiom", ["sdpa", "matmul-softmax-matmul"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_the_chosen_kernel_is_as_fast_as_any(mask: str, idiom: str, dtype: str) -> None:
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_chosen_kernel_is_as_fast_as_any(machine: str, mask: str, idiom: str, dtype: str) -> None:
+    target = TARGETS[machine]
     wrong, seen = [], 0
-    for row in TABLE["rows"]:
+    for row in STORED["attention-table", machine]["rows"]:
         at = row["parameters"]
         if (at["mask"], at["dtype"]) != (mask, dtype):
             continue
@@ -68,12 +74,12 @@ def test_the_chosen_kernel_is_as_fast_as_any(mask: str, idiom: str, dtype: str) 
         known = {
             kernel.name: seconds[kernel.name]
             for kernel in all_kernels()
-            if kernel.name in seconds and isinstance(kernel.supports(site, TARGET), Supported)
+            if kernel.name in seconds and isinstance(kernel.supports(site, target), Supported)
         }
         if not known:
             continue
         kernels = Kernels(tuple(kernel for kernel in all_kernels() if kernel.name in known))
-        plan = make_plan((site,), (), Circumstances(TARGET, kernels), ())
+        plan = make_plan((site,), (), Circumstances(target, kernels), ())
         (choice,) = [c for c in plan.choices if c.family == KERNEL]
         assert choice.tag == "measured", row["id"]
         seen += 1
@@ -89,12 +95,12 @@ def test_the_chosen_kernel_is_as_fast_as_any(mask: str, idiom: str, dtype: str) 
     assert not wrong, "\n".join(wrong)
 
 
-def test_linear_layers_are_chosen_where_they_gain() -> None:
-    document = store.read(store.path_of(RESULTS, "linear-table", "cpu"))
-    rates = rates_of(TARGET.device)
+@pytest.mark.parametrize("machine", [machine for name, machine in STORED if name == "linear-table"])
+def test_linear_layers_are_chosen_where_they_gain(machine: str) -> None:
+    rates = rates_of(TARGETS[machine].device)
     assert rates is not None
     chosen = set()
-    for row in document["rows"]:
+    for row in STORED["linear-table", machine]["rows"]:
         at = row["parameters"]
         gain = rates.linear_gain(at["length"], at["in"], at["out"], at["dtype"])
         assert gain is not None

@@ -17,7 +17,7 @@ from effcompile.lowering.attention import estimate
 from effcompile.lowering.rates import Curve, power_law, rates_of, table
 from effcompile.targets import cpu, devices
 
-ZEN4 = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9))
+ZEN4 = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9, vendor="amd"))
 OTHER = Target(cpu.model(cpu.NEON, cores=4, clock=2.6e9))
 SITE = AttentionSite("a", "attention", "f", "", "sdpa", 2, 9, 3, q_len=1024, kv_len=1024, mask=CAUSAL)
 
