@@ -38,13 +38,13 @@ class Tiled(AttentionKernel):
         """Answer for proved masks without a score addend, in float32 and bfloat16, on CPUs that were measured."""
         if refusal := plain(site, target):
             return refusal
-        rates = rates_of(target.device)
-        if rates is None or not any(kernel == self.name for kernel, _, _ in rates.curves):
-            return Refusal(
-                "EFF-A213", f"not measured on {target.device.compute}", "eff bench attention-table --install"
-            )
         if site.dtype not in ("float32", "bfloat16"):
             return Refusal("EFF-A209", f"no faster in {site.dtype} than torch's kernel")
+        rates = rates_of(target.device)
+        if rates is None or not any((kernel, dtype) == (self.name, site.dtype) for kernel, dtype, _ in rates.curves):
+            return Refusal(
+                "EFF-A213", f"not measured in {site.dtype} on this family of CPUs", "eff bench attention-table --install"
+            )
         mask = site.mask
         if not isinstance(mask, Mask):
             return Refusal("EFF-A103", f"the mask is opaque: {mask.reason}")

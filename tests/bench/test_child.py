@@ -72,7 +72,7 @@ def test_cases_turn_answers_into_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, case in (("compile_time", CompileTime()), ("peak_memory", PeakMemory())):
         monkeypatch.setattr(f"bench.cases.{module}.run_child", answer)
         rows = case.measure(case.rows(SETTINGS)[0], SETTINGS, Watch())
-        document = store.merge(store.empty(case.name, case.title, case.about, case.unit, "cpu"), facts, rows)
+        document = store.merge(store.empty(case.name, case.title, case.about, case.unit, "cpu", "chip"), facts, rows)
         assert store.check(document) == []
         assert rows[0]["arms"]["inductor-max-autotune"] == {"error": "too slow"}
         assert ("eff", "inductor") in {(item["arm"], item["to"]) for item in rows[0]["ratios"]}

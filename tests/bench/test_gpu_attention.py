@@ -99,7 +99,7 @@ def test_every_kind_of_row_runs_on_the_reference_bodies(form: str) -> None:
     for name, arm in mine.items():
         assert arm["numerics"]["within"], (name, arm)
         assert arm["seconds"]["median"] > 0
-    document = store.merge(store.empty("gpu-attention", "t", "a", "call", "cpu"), manifest(CPU), [result])
+    document = store.merge(store.empty("gpu-attention", "t", "a", "call", "cpu", "chip"), manifest(CPU), [result])
     assert store.check(document) == []
 
 

@@ -25,7 +25,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 def test_it_has_what_a_result_needs(facts: dict[str, object]) -> None:
-    document = empty("c", "t", "a", "call", "cpu")
+    document = empty("c", "t", "a", "call", "cpu", "chip")
     assert check(merge(document, facts, [])) == []
     versions, cpu = facts["versions"], facts["cpu"]
     assert isinstance(versions, dict)
