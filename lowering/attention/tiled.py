@@ -43,7 +43,9 @@ class Tiled(AttentionKernel):
         rates = rates_of(target.device)
         if rates is None or not any((kernel, dtype) == (self.name, site.dtype) for kernel, dtype, _ in rates.curves):
             return Refusal(
-                "EFF-A213", f"not measured in {site.dtype} on this family of CPUs", "eff bench attention-table --install"
+                "EFF-A213",
+                f"not measured in {site.dtype} on this family of CPUs",
+                "eff bench attention-table --install",
             )
         mask = site.mask
         if not isinstance(mask, Mask):
