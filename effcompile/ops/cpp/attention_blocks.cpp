@@ -234,13 +234,11 @@ void mask_tile(const Problem& p, int64_t b, int64_t h, int64_t qb, int64_t kb, i
 }
 
 inline void store_row(float* to, const Vec& value, int64_t at) { value.store(to + at); }
-inline void store_row(at::BFloat16* to, const Vec& value, int64_t at) {
 #if EFF_DOT_BF16
+inline void store_row(at::BFloat16* to, const Vec& value, int64_t at) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), (__m256i)_mm512_cvtneps_pbh(value));
-#else
-  for (int i = 0; i < W; ++i) to[at + i] = static_cast<at::BFloat16>(value[i]);
-#endif
 }
+#endif
 
 // How wide the scores of a chunk are: blocks are taken together until they have this many columns.
 int64_t chunk_of(const Problem& p) { return std::max<int64_t>(1, CHUNK / up(p.k_block, NR)); }
