@@ -13,14 +13,23 @@ from effcompile.codegen.interpreter import interpret_graph
 from effcompile.core.options import Options
 from effcompile.ops import native
 
-_NATIVE = ("eff::attention_tiled_v1", "eff::attention_blocks_v1", "eff::attention_tokens_v1")
-"""Ops that run the C++ kernels on CPU tensors."""
+_NATIVE = {
+    "eff::attention_tiled_v1": (native.BLOCKS,),
+    "eff::attention_blocks_v1": (native.BLOCKS,),
+    "eff::attention_tokens_v1": (native.PROBES, native.BLOCKS),
+    "eff::topk_blocks_v1": (native.PROBES,),
+    "eff::antidiagonal_blocks_v1": (native.SCORES,),
+    "eff::pooled_blocks_v1": (native.PROBES, native.SCORES),
+    "eff::vertical_slash_blocks_v1": (native.PROBES, native.SCORES),
+    "eff::pages_v1": (native.PAGES,),
+}
+"""Ops that run C++ kernels on CPU tensors, and the sources of those."""
 
 
 def emit_graph(graph: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Return a function of the graph's inputs, made as `options.emit`, `mode` and `inductor` say."""
-    if any(_name(node) in _NATIVE for module in graph.modules() for node in _nodes(module)):
-        native.prefetch()
+    ops = dict.fromkeys(_name(node) for module in graph.modules() for node in _nodes(module))
+    native.prefetch(dict.fromkeys(source for op in ops for source in _NATIVE.get(op, ())))
     if options.emit == "interpreter":
         return interpret_graph(graph)
     return compile_graph(graph, example_inputs, mode=options.mode, patches=dict(options.inductor))

@@ -22,7 +22,9 @@ from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops import native
 from effcompile.ops.attention import define
+from effcompile.ops.block_grid import BlockGrid
 from effcompile.ops.blocks import listed
+from effcompile.ops.native_pages import attend_pages
 from effcompile.ops.row_limits import RowLimits, split_limits, values
 
 Extents = tuple[int, int, int, int]
@@ -48,7 +50,9 @@ def attention_blocks(
     and Kb = ceil(K / k_block). An empty row gives 0, or the mean of V where `empty_row` is "uniform". Returns
     `[B, Hq, Q, Dv]`.
     """
-    if q.device.type == "cpu" and q.dtype in native.DTYPES and native.library() is not None:
+    if q.shape[2] == 1 and native.runs(native.PAGES, q, k, v) and split_limits(keep).rest == TRUE:
+        out, lse = one_query(q, k, v, chosen, loads, sizes, keep, scale, k_block)
+    elif native.runs(native.BLOCKS, q, k, v):
         out, lse = compiled(q, k, v, chosen, loads, sizes, keep, scale, q_block, k_block)
     else:
         out, lse = gathered(q, k, v, chosen, loads, sizes, keep, scale, q_block, k_block)
@@ -100,13 +104,12 @@ def compiled(
 
     The result goes into `out` `[B, Hq, Q, Dv]` where it is given, whose last dimension is dense.
     """
-    q, k, v = (x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (native.dense_rows(x) for x in (q, k, v))
     batch, heads, rows, depth = q.shape
     extents = (batch, heads, rows, k.shape[2])
-    every, some = bounds(keep, extents, (q_block, k_block), loads, sizes, q.device)
-    chosen, some, every = (x.contiguous() for x in (chosen, some, every))
-    parts = split_limits(keep)
-    limits = values(parts, extents, loads, sizes)
+    grid = BlockGrid.of(extents, (q_block, k_block), keep, loads, sizes, q.device)
+    (every, some), limits, parts = grid.both, grid.limits, split_limits(keep)
+    chosen = chosen.contiguous()
     tile_of, tiles = _tiles(parts, chosen, some, every, extents, (q_block, k_block), loads, sizes)
     out = q.new_empty((batch, heads, rows, v.shape[3])) if out is None else out
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
@@ -120,8 +123,24 @@ def compiled(
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
     shape.append(torch.get_num_threads())
     operands = [q, k, v, out, lse, chosen, some, every, first, last, limits.keys, tile_of, tiles]
-    native.call_attention_blocks(q.dtype, shape, operands, scale)
+    native.call(native.BLOCKS, "eff_attention_blocks", q.dtype, shape, operands, scale)
     return out, lse
+
+
+def one_query(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    keep: str,
+    scale: float,
+    k_block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the C++ kernel for one query under a range and a set of keys, which copies no key; returns as `compiled` does."""
+    limits = values(split_limits(keep), (*q.shape[:3], k.shape[2]), loads, sizes)
+    return attend_pages(q, k, v, chosen, limits, scale, k_block)
 
 
 def _tiles(

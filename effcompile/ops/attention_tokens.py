@@ -7,7 +7,6 @@ rows are among the probes: the choice sees the whole prompt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +16,8 @@ from effcompile.core.expr_eval import from_json, to_json
 from effcompile.core.mask import causal_offset, substitute
 from effcompile.ops.attention import define
 from effcompile.ops.attention_blocks import attention_blocks
-from effcompile.ops.block_grid import BlockGrid, grouped
-from effcompile.ops.column_sums import kept_rows
+from effcompile.ops.block_grid import BlockGrid
+from effcompile.ops.probes import probe
 from effcompile.ops.ragged import gather_plan, gather_rows, scatter_rows
 
 NAME = "eff::attention_tokens_v1"
@@ -90,15 +89,13 @@ def kept_tokens(
     tokens gain nothing from being seen more often. The first and the last real token stay.
     """
     batch, heads, length, _ = q.shape
-    grid = BlockGrid((batch, heads, length, length), (BLOCK, BLOCK), keep, loads, sizes, q.device)
+    grid = BlockGrid.of((batch, heads, length, length), (BLOCK, BLOCK), keep, loads, sizes, q.device)
     real = grid.real_rows
     real = torch.ones((batch, length), dtype=torch.bool, device=q.device) if real is None else real.expand(batch, -1)
     rows, valid = probes(real, recent, spread)
-    index = rows[:, None, :, None].expand(batch, heads, -1, q.shape[3])
-    seen = kept_rows(keep, (batch, heads, length), rows, loads, sizes) & valid[:, None, :, None]
-    scores = grouped(q.gather(2, index).float(), k.float()).mul_(scale).masked_fill_(~seen, -math.inf)
-    raw = scores.softmax(-1).nan_to_num_().sum(2).mean(1)
-    fair = raw / seen.any(1).sum(1).clamp(min=1)
+    read = probe(q, k, rows, valid, grid, scale)
+    raw = read.columns.mean(1)
+    fair = raw / read.seen.clamp(min=1)
     held = raw.sort(-1, descending=True).values.cumsum(-1)
     count = (held < mass * held[:, -1:]).sum(-1, keepdim=True) + 1
     count = torch.maximum(count, (least * real.sum(-1, keepdim=True)).ceil().long())

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from effcompile.ops import native
+
 STEPS = 24  # of the bisection: a threshold is found to 2**-24 of the largest mass
 
 
@@ -49,6 +51,22 @@ def top_cdf(mass: torch.Tensor, share: float, some: torch.Tensor, forced: torch.
     mass `[..., Qb, Kb]`, not negative; some and forced bool. The threshold comes from bisection, not from a sort, and blocks
     that tie at it stay. `share` 1 keeps every allowed block with mass above 0.
     """
+    if 0 < share < 1 and mass.numel() and native.runs(native.SCORES, mass) and mass.dtype == torch.float32:
+        return _compiled(mass, share, some, forced)
+    return bisected(mass, share, some, forced)
+
+
+def _compiled(mass: torch.Tensor, share: float, some: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
+    """Return what `bisected` does, with sums in float64."""
+    operands = [mass.contiguous(), *(x.expand(mass.shape).contiguous() for x in (some, forced))]
+    out = torch.empty(mass.shape, dtype=torch.bool)
+    shape = [mass.numel() // mass.shape[-1], mass.shape[-1], STEPS, torch.get_num_threads()]
+    native.call(native.SCORES, "eff_top_cdf", mass.dtype, shape, [*operands, out], share)
+    return out
+
+
+def bisected(mass: torch.Tensor, share: float, some: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
+    """Return what `top_cdf` does, by torch operations."""
     mass = mass.masked_fill(~some, 0.0)
     forced = forced & some
     rest = mass.masked_fill(forced, 0.0)

@@ -8,9 +8,9 @@ so that under causal order no key changes the map of a query before it. Its quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from effcompile.core.expr import BATCH, HEAD, TRUE, axes_of
 from effcompile.core.expr_eval import from_json
 from effcompile.core.intervals import block_bounds
+from effcompile.ops import native
 from effcompile.ops.row_limits import Limits, split_limits, values
 
 _CHUNK = 1 << 20  # scores that exist at a time
+_SMALL = 1 << 24  # elements of a map up to which a grid keeps it
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ class BlockGrid:
     loads: Sequence[torch.Tensor]
     sizes: Sequence[int]
     device: torch.device
+    _made: dict[object, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(
+        extents: tuple[int, int, int, int],
+        blocks: tuple[int, int],
+        keep: str,
+        loads: Sequence[torch.Tensor],
+        sizes: Sequence[int],
+        device: torch.device,
+    ) -> BlockGrid:
+        """Return a grid, one for all layers of a model where no tensor is in its predicate. Nobody writes into its maps."""
+        if loads:
+            return BlockGrid(extents, blocks, keep, loads, sizes, device)
+        return _shared(tuple(map(int, extents)), blocks, keep, tuple(map(int, sizes)), device)  # type: ignore[arg-type]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -53,14 +70,20 @@ class BlockGrid:
         return block_bounds(predicate, (*lead, *self.extents[2:]), blocks, self.loads, self.sizes, self.device)
 
     @cached_property
+    def both(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (every, some) of its own blocks, contiguous."""
+        every, some = self.bounds(self.blocks)
+        return every.contiguous(), some.contiguous()
+
+    @property
     def some(self) -> torch.Tensor:
         """Return where the predicate may keep a pair, `[B|1, H|1, Qb, Kb]`."""
-        return self.bounds(self.blocks)[1]
+        return self.both[1]
 
     @cached_property
     def weights(self) -> torch.Tensor:
         """Return the share of its pairs that the predicate keeps of each block: 1, 0, and a half where it cuts the block."""
-        every, some = self.bounds(self.blocks)
+        every, some = self.both
         return (every.float() + some.float()) / 2
 
     @cached_property
@@ -86,6 +109,9 @@ class BlockGrid:
         Units divide the blocks; None takes the blocks. Without causal order all allowed units are such, unless the predicate is
         neither a range of keys nor a set of keys: then only those that it keeps whole.
         """
+        return self._kept(("past", unit), lambda: self._past(unit))
+
+    def _past(self, unit: tuple[int, int] | None) -> torch.Tensor:
         queries, keys = unit or self.blocks
         allowed = self.some if unit is None else self.bounds(unit)[1]
         rows = self.blocks[0] // queries
@@ -104,6 +130,9 @@ class BlockGrid:
         One query stands at the end of what it may read. Without causal order the own keys are those at the queries' places, and as
         many stay on both sides.
         """
+        return self._kept(("forced", local), lambda: self._forced(local))
+
+    def _forced(self, local: int) -> torch.Tensor:
         some, past = self.some, self.past()
         places = torch.arange(some.shape[-1], device=self.device)
         first = some.int().argmax(-1, keepdim=True)
@@ -135,6 +164,15 @@ class BlockGrid:
         keys, last = keys.expand(batch, -1), last.expand(batch, -1)
         return keys.gather(1, last.clamp(0, self.extents[3] - 1).long()).bool() & (last >= 0)
 
+    def _kept(self, name: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return what was made under a name before, or make it; what is large is made anew each time."""
+        if name not in self._made:
+            value = make().contiguous()
+            if value.numel() > _SMALL:
+                return value
+            self._made[name] = value
+        return self._made[name]
+
     def pieces(self, width: int, rows: int) -> Iterator[slice]:
         """Yield slices of query blocks such that `rows` lines of `width` scores for each, batch and head fit into memory."""
         each = max(1, self.extents[0] * self.extents[1] * rows * width)
@@ -143,11 +181,24 @@ class BlockGrid:
             yield slice(begin, min(self.counts[0], begin + step))
 
 
+@lru_cache(maxsize=8)
+def _shared(
+    extents: tuple[int, int, int, int],
+    blocks: tuple[int, int],
+    keep: str,
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> BlockGrid:
+    return BlockGrid(extents, blocks, keep, (), sizes, device)
+
+
 def means(x: torch.Tensor, unit: int, real: torch.Tensor | None) -> torch.Tensor:
     """Return the mean of each unit of positions of x `[B, H, N, D]`, over the real ones `[B|1, N]`: `[B, H, U, D]` float32.
 
     A unit without any is 0. Float64 stays float64.
     """
+    if native.runs(native.PROBES, x) and x.numel():
+        return _compiled_means(x, unit, real, None)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     tail = -x.shape[2] % unit
     if real is None and not tail:
@@ -156,6 +207,26 @@ def means(x: torch.Tensor, unit: int, real: torch.Tensor | None) -> torch.Tensor
     weight = F.pad(real[:, None, :, None].to(wide), (0, 0, 0, tail)).unflatten(2, (-1, unit))
     total = F.pad(x * real[:, None, :, None], (0, 0, 0, tail)).unflatten(2, (-1, unit)).sum(3, dtype=wide)
     return total / weight.sum(3).clamp(min=1)
+
+
+def alike(x: torch.Tensor, unit: int, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `means`, and the mean cosine between the real positions of each unit, themselves included, `[B, H, U]`."""
+    if native.runs(native.PROBES, x) and x.numel():
+        cosines = x.new_empty((*x.shape[:2], -(-x.shape[2] // unit)), dtype=torch.float32)
+        return _compiled_means(x, unit, real, cosines), cosines
+    # The mean over pairs of products of unit vectors is the square of their mean.
+    return means(x, unit, real), means(F.normalize(x.float(), dim=-1), unit, real).square().sum(-1)
+
+
+def _compiled_means(
+    x: torch.Tensor, unit: int, real: torch.Tensor | None, cosines: torch.Tensor | None
+) -> torch.Tensor:
+    x = native.dense_rows(x)
+    real = None if real is None else real.to(torch.uint8).contiguous()
+    out = x.new_empty((*x.shape[:2], -(-x.shape[2] // unit), x.shape[3]), dtype=torch.float32)
+    sizes = [*x.shape, unit, *x.stride()[:3], 1 if real is None else real.shape[0], torch.get_num_threads()]
+    native.call(native.PROBES, "eff_block_means", x.dtype, sizes, [x, real, out, cosines], 0.0)
+    return out
 
 
 def grouped(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

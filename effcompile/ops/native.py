@@ -1,8 +1,8 @@
-"""Compile the C++ kernels of this folder once, with TorchInductor's compiler and flags, and call them.
+"""Compile the C++ kernels of this folder, with TorchInductor's compiler and flags, and call them.
 
-TorchInductor keeps the library on disk, keyed by source, flags and torch version. Where there is no C++ compiler, or where
-TorchInductor finds no vector instructions and would build code that is many times slower, the kernels are absent, and their
-callers have a composition of torch operations instead.
+A source becomes a library when one of its kernels is first needed. TorchInductor keeps it on disk, keyed by source, flags and torch
+version. Where there is no C++ compiler, or where TorchInductor finds no vector instructions and would build code that is many times
+slower, the kernels are absent, and their callers have a composition of torch operations instead.
 """
 
 from __future__ import annotations
@@ -10,53 +10,85 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
+BLOCKS, SCORES, PAGES, PROBES = "attention_blocks", "block_scores", "pages", "probes"
+KERNELS = {
+    BLOCKS: ("eff_attention_blocks",),
+    SCORES: ("eff_antidiagonal_mass", "eff_top_cdf"),
+    PAGES: ("eff_choose_pages", "eff_page_attention"),
+    PROBES: ("eff_probe", "eff_block_means"),
+}
+"""The kernels of each source in `cpp/`."""
 _LOCK = threading.Lock()
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None where they cannot be built; the first call in a cold cache takes seconds."""
+def library(source: str = BLOCKS) -> ctypes.CDLL | None:
+    """Return the compiled kernels of a source, or None where they cannot be built; the first call in a cold cache takes seconds."""
     with _LOCK:
-        return _built()
+        return _built(source)
 
 
-def prefetch() -> None:
-    """Begin to build the kernels beside what the caller does next: TorchInductor's own work leaves a core free most of the time."""
-    if not _LOCK.locked() and not _built.cache_info().currsize:
-        threading.Thread(target=library, name="eff-native", daemon=True).start()
+def runs(source: str, *operands: torch.Tensor) -> bool:
+    """Tell whether the kernels of a source run on tensors: all on the CPU, of a dtype that the kernels know."""
+    first = operands[0].dtype
+    able = first in DTYPES and all(x.device.type == "cpu" and x.dtype == first for x in operands)
+    return able and library(source) is not None
+
+
+def prefetch(sources: Iterable[str] = (BLOCKS,)) -> None:
+    """Begin to build kernels beside what the caller does next: TorchInductor's own work leaves a core free most of the time."""
+    wanted = tuple(sources)
+
+    def build() -> None:
+        for source in wanted:
+            library(source)
+
+    if wanted and not _LOCK.locked() and _built.cache_info().currsize < len(KERNELS):
+        threading.Thread(target=build, name="eff-native", daemon=True).start()
 
 
 @functools.cache
-def _built() -> ctypes.CDLL | None:
+def _built(source: str) -> ctypes.CDLL | None:
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     if not pick_vec_isa():
         return None
-    source = resources.files("effcompile.ops").joinpath("cpp", "attention_blocks.cpp").read_text(encoding="utf-8")
+    folder = resources.files("effcompile.ops").joinpath("cpp")
+    parts = [folder.joinpath(name).read_text(encoding="utf-8") for name in ("tiles.h", f"{source}.cpp")]
     try:
-        found: ctypes.CDLL = CppCodeCache.load(source)
+        found: ctypes.CDLL = CppCodeCache.load("\n".join(parts))
     except (exc.InductorError, exc.CppCompileError, exc.InvalidCxxCompiler, OSError, RuntimeError):
         return None
-    found.eff_attention_blocks.restype = None
-    found.eff_attention_blocks.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
+    for name in KERNELS[source]:
+        kernel = getattr(found, name)
+        kernel.restype = None
+        kernel.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
     return found
 
 
-def call_attention_blocks(
-    dtype: torch.dtype, sizes: Sequence[int], operands: Sequence[torch.Tensor | None], scale: float
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x `[..., D]` with a dense last dimension, which is all that the kernels ask of a layout."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def call(
+    source: str,
+    kernel: str,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    operands: Sequence[torch.Tensor | None],
+    number: float,
 ) -> None:
-    """Run `eff_attention_blocks`; sizes and operands are in the order that the C++ source gives."""
-    kernels = library()
+    """Run a kernel; sizes and operands are in the order that its C++ source gives."""
+    kernels = library(source)
     assert kernels is not None
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
     pointers = (ctypes.c_void_p * len(operands))(*(None if t is None else t.data_ptr() for t in operands))
-    kernels.eff_attention_blocks(DTYPES[dtype], numbers, pointers, scale)
+    getattr(kernels, kernel)(DTYPES[dtype], numbers, pointers, number)

@@ -45,7 +45,7 @@ def attention_tiled(
     laid out as `[B, Q, Hq, Dv]`: what reads it joins the heads.
     """
     out = _fake(q, k, v)
-    if q.dtype not in native.DTYPES or native.library() is None or 0 in (*q.shape, k.shape[2]):
+    if not native.runs(native.BLOCKS, q, k, v) or 0 in (*q.shape, k.shape[2]):
         return out.copy_(_composed(q, k, v, sinks, loads, sizes, keep, empty_row, scale))
     grid = torch.ones((1, 1, -(-q.shape[2] // Q_BLOCK), -(-k.shape[2] // K_BLOCK)), dtype=torch.bool)
     _, lse = compiled(q, k, v, grid, loads, sizes, keep, scale, Q_BLOCK, K_BLOCK, out)

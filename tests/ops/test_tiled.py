@@ -109,7 +109,7 @@ def test_a_later_key_does_not_change_an_earlier_row() -> None:
 
 
 def test_without_a_compiler_it_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda source: None)
     window = apply("and", CAUSAL.keep, apply("le", apply("sub", Q, const(20)), K))
     for keep in (TRUE, window):
         check(keep, (2, (4, 2), (90, 90), (16, 16)), torch.float32, "zero", None, 1, True)
@@ -130,7 +130,7 @@ def test_the_kernels_are_built_beside_other_work(monkeypatch: pytest.MonkeyPatch
     built: list[int] = []
 
     @functools.cache
-    def slow() -> None:
+    def slow(source: str) -> None:
         time.sleep(0.2)
         built.append(1)
 
@@ -147,4 +147,4 @@ def test_no_scalar_kernels_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpu_vec_isa
 
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: False)
-    assert native._built.__wrapped__() is None
+    assert native._built.__wrapped__(native.BLOCKS) is None

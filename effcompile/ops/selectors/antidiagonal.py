@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from effcompile.ops import native
 from effcompile.ops.attention import define
 from effcompile.ops.block_choice import top_cdf
-from effcompile.ops.block_grid import block_mass
+from effcompile.ops.block_grid import BlockGrid, block_mass
 from effcompile.ops.selectors.shape import HEAD, fake_map, grid_of
 
 NAME = "eff::antidiagonal_blocks_v1"
@@ -37,15 +38,34 @@ def antidiagonal_blocks(
     of q[S - 1 - r] . k[r]; masked keys and positions past the end count as zeros.
     """
     grid = grid_of(q, k, loads, sizes, keep, q_block, k_block)
-    if threshold < 1:
-        real = grid.limits.keys
-        keys = k if real is None else k * real[:, None, :, None].to(k.dtype)
-        queries = F.pad(q, (0, 0, 0, -q.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3)
-        keys = F.pad(keys, (0, 0, 0, -k.shape[2] % stride)).unflatten(2, (-1, stride)).flatten(3)
-        mass = block_mass(grid, queries, keys, (stride, stride), scale / stride)
-    else:
+    if threshold >= 1:
         mass = torch.ones((*q.shape[:2], *grid.counts), device=q.device)
+    elif native.runs(native.SCORES, q, k):
+        mass = _compiled(q, k, grid, scale, stride)
+    else:
+        mass = antidiagonal_mass(q, k, grid, scale, stride)
     return top_cdf(mass, threshold, grid.some, grid.forced())
+
+
+def antidiagonal_mass(q: torch.Tensor, k: torch.Tensor, grid: BlockGrid, scale: float, stride: int) -> torch.Tensor:
+    """Return the estimated mass of each block `[B, Hq, Qb, Kb]`, by torch operations."""
+    real = grid.limits.keys
+    keys = k if real is None else k * real[:, None, :, None].to(k.dtype)
+    queries = F.pad(q, (0, 0, 0, -q.shape[2] % stride)).unflatten(2, (-1, stride)).flip(3).flatten(3)
+    keys = F.pad(keys, (0, 0, 0, -k.shape[2] % stride)).unflatten(2, (-1, stride)).flatten(3)
+    return block_mass(grid, queries, keys, (stride, stride), scale / stride)
+
+
+def _compiled(q: torch.Tensor, k: torch.Tensor, grid: BlockGrid, scale: float, stride: int) -> torch.Tensor:
+    """Return what `antidiagonal_mass` does, from the C++ kernel, which rounds no score to the dtype of q."""
+    q, k = (native.dense_rows(x) for x in (q, k))
+    seen, real = grid.past((stride, stride)), grid.limits.keys
+    shape = [q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], stride, *grid.blocks]
+    shape += [*q.stride()[:3], *k.stride()[:3], seen.shape[0], seen.shape[1], 1 if real is None else real.shape[0]]
+    shape.append(torch.get_num_threads())
+    out = torch.empty((*q.shape[:2], *grid.counts), dtype=torch.float32)
+    native.call(native.SCORES, "eff_antidiagonal_mass", q.dtype, shape, [q, k, seen, real, out], scale / stride)
+    return out
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, *rest: object) -> torch.Tensor:

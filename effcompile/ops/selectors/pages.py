@@ -1,7 +1,8 @@
 """Choose pages of keys for one query, by their mean (Kinetics, arXiv:2506.05333) or a bound (Quest, arXiv:2406.10774).
 
-The summaries are computed anew at each step, since a graph holds no state beside the cache: that reads every key once, half of
-what dense decode reads.
+The summaries are computed anew at each step, since a graph holds no state beside the cache: that reads every key that may be read
+once, half of what dense decode reads. On CPU a C++ kernel does it in one pass that writes nothing but
+scores.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
+from effcompile.core.expr import TRUE
+from effcompile.ops import native
 from effcompile.ops.attention import define
 from effcompile.ops.block_choice import top_k
 from effcompile.ops.block_grid import grouped, means
+from effcompile.ops.native_pages import choose_pages
 from effcompile.ops.page_stats import page_bounds, page_stats
+from effcompile.ops.row_limits import split_limits, values
 from effcompile.ops.selectors.shape import HEAD, fake_map, for_heads, grid_of
 
 NAME = "eff::pages_v1"
@@ -34,16 +39,19 @@ def pages(
 
     `score` is "mean", taken over the heads that share keys, which get one map; or "bound", for each query head.
     """
+    if q.shape[2] == 1 and native.runs(native.PAGES, q, k) and split_limits(keep).rest == TRUE:
+        limits = values(split_limits(keep), (*q.shape[:3], k.shape[2]), loads, sizes)
+        return choose_pages(q, k, limits, budget // page, local, page, score == "bound")
     grid = grid_of(q, k, loads, sizes, keep, 1, page)
     some, forced = grid.some, grid.forced(local)
-    real = grid.limits.keys
+    count = (budget // page - forced.sum(-1)).clamp(min=0)
+    free, real = some & ~forced, grid.limits.keys
     if score == "mean":
         query = q.unflatten(1, (k.shape[1], -1)).float().mean(2)
         scores = for_heads(grouped(query, means(k, page, real).float()), q)
     else:
         scores = page_bounds(q.float(), page_stats(k, page, real))
-    count = (budget // page - forced.sum(-1)).clamp(min=0)
-    return (top_k(scores, count, some & ~forced) | forced).contiguous()
+    return (top_k(scores, count, free) | forced).contiguous()
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, *rest: object) -> torch.Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from effcompile.ops.attention import define
 from effcompile.ops.block_choice import top_cdf
-from effcompile.ops.block_grid import block_mass, means
+from effcompile.ops.block_grid import alike, block_mass, means
 from effcompile.ops.selectors.shape import HEAD, fake_map, for_heads, grid_of
 
 NAME = "eff::pooled_blocks_v1"
@@ -38,17 +37,14 @@ def pooled_blocks(
     rows, real = grid.real_rows, grid.limits.keys
     some, past, forced = grid.some, grid.past(), grid.forced()
     if similarity > 0:
-        scattered = for_heads((_alike(k, k_block, real) < similarity)[:, :, None], q)
-        forced = forced | (some & scattered) | (some & (_alike(q, q_block, rows) < similarity)[..., None])
+        (queries, of_queries), (keys, of_keys) = alike(q, q_block, rows), alike(k, k_block, real)
+        scattered = for_heads((of_keys < similarity)[:, :, None], q)
+        forced = forced | (some & scattered) | (some & (of_queries < similarity)[..., None])
         past = past & ~scattered
-    mass = block_mass(grid, means(q, q_block, rows), means(k, k_block, real), grid.blocks, scale, past)
+    else:
+        queries, keys = means(q, q_block, rows), means(k, k_block, real)
+    mass = block_mass(grid, queries, keys, grid.blocks, scale, past)
     return top_cdf(mass, cdf, some, forced)
-
-
-def _alike(x: torch.Tensor, block: int, real: torch.Tensor | None) -> torch.Tensor:
-    """Return the mean cosine between the positions of each block, themselves included, `[B, H, blocks]`."""
-    # The mean over pairs of products of unit vectors is the square of their mean.
-    return means(F.normalize(x.float(), dim=-1), block, real).square().sum(-1)
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, *rest: object) -> torch.Tensor:

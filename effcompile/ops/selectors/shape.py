@@ -23,7 +23,7 @@ def grid_of(
 ) -> BlockGrid:
     """Return the grid of a call."""
     extents = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return BlockGrid(extents, (q_block, k_block), keep, loads, sizes, q.device)
+    return BlockGrid.of(extents, (q_block, k_block), keep, loads, sizes, q.device)
 
 
 def fake_map(q: torch.Tensor, k: torch.Tensor, q_block: int, k_block: int) -> torch.Tensor:

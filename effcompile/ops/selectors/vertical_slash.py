@@ -7,7 +7,6 @@ before it. It is for prefill, where the prompt is given as a whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 
 from effcompile.ops.attention import define
 from effcompile.ops.block_choice import top_cdf
-from effcompile.ops.block_grid import BlockGrid, grouped
-from effcompile.ops.column_sums import kept_rows
+from effcompile.ops.block_grid import BlockGrid
+from effcompile.ops.probes import probe
 from effcompile.ops.selectors.shape import HEAD, fake_map, for_heads, grid_of
 
 NAME = "eff::vertical_slash_blocks_v1"
@@ -30,43 +29,29 @@ def vertical_slash_blocks(
     keep: str,
     scale: float,
     coverage: float,
-    probe: int,
+    recent: int,
     q_block: int,
     k_block: int,
 ) -> torch.Tensor:
     """Return the union of the fewest columns and the fewest diagonals that each hold `coverage` of the probe rows' attention.
 
     The predicate has a last key for each row (causal order). Columns are `k_block` wide, diagonals `q_block`. The probe rows are
-    the last `probe` ones whose own key is real.
+    the last `recent` ones whose own key is real.
     """
     grid = grid_of(q, k, loads, sizes, keep, q_block, k_block)
     last = grid.limits.last
     if coverage >= 1 or last is None or q.shape[2] == 0:
         return for_heads(grid.some, q)
-    rows, valid = probe_rows(grid, probe)
-    index = rows[:, None, :, None].expand(q.shape[0], q.shape[1], -1, q.shape[3])
-    scores = grouped(q.gather(2, index).float(), k.float()) * scale
-    scores = scores.masked_fill(~kept_rows(keep, (q.shape[0], q.shape[1], k.shape[2]), rows, loads, sizes), -math.inf)
-    probs = scores.softmax(-1).nan_to_num() * valid[:, None, :, None]
-    columns = F.pad(probs.sum(2), (0, -k.shape[2] % k_block)).unflatten(-1, (-1, k_block)).sum(-1)
-    own = last.expand(q.shape[0], -1).gather(1, rows).long()
-    bins = -(-k.shape[2] // q_block)
-    slashes = _by_distance(probs, own, bins, q_block)
+    rows, valid = probe_rows(grid, recent)
+    read = probe(q, k, rows, valid, grid, scale, q_block)
+    assert read.slashes is not None
+    columns = F.pad(read.columns, (0, -k.shape[2] % k_block)).unflatten(-1, (-1, k_block)).sum(-1)
     nothing = torch.zeros((), dtype=torch.bool, device=q.device)
     vertical = top_cdf(columns, coverage, ~nothing, nothing)[:, :, None]
-    slash = top_cdf(slashes, coverage, ~nothing, torch.arange(bins, device=q.device) == 0)
+    first = torch.arange(read.slashes.shape[-1], device=q.device) == 0
+    slash = top_cdf(read.slashes, coverage, ~nothing, first)
     some = grid.some
     return ((vertical | _diagonals(grid, slash, last)) & some) | grid.forced()
-
-
-def _by_distance(probs: torch.Tensor, own: torch.Tensor, bins: int, width: int) -> torch.Tensor:
-    """Return sums `[B, H, bins]` of probabilities `[B, H, R, K]` by distance to the row's own key `[B, R]`, `width` to a bin."""
-    # A bin of a row is a range of keys: the difference of two running sums.
-    sums = F.pad(probs.cumsum(-1), (1, 0))
-    ends = own[:, :, None] + 1 - torch.arange(bins + 1, device=probs.device) * width
-    ends = ends.clamp(0, probs.shape[-1])[:, None].expand(*probs.shape[:3], -1)
-    found = sums.gather(-1, ends)
-    return (found[..., :-1] - found[..., 1:]).clamp(min=0).sum(2)
 
 
 def probe_rows(grid: BlockGrid, count: int) -> tuple[torch.Tensor, torch.Tensor]:
