@@ -18,7 +18,7 @@ from effcompile.core.errors import EffError, unknown
 from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
 from effcompile.core.plan import Plan, Range
-from effcompile.core.policy import SITE_FAMILIES, Kernels, Policy, read_policy
+from effcompile.core.policy import SITE_FAMILIES, Kernels, Method, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
 from effcompile.core.site import AttentionSite, Missed, Refusal
@@ -197,6 +197,11 @@ def catalog() -> Kernels:
 def all_policies() -> tuple[type[Policy], ...]:
     """Return every policy."""
     return discover.classes(Policy, *discover.folders("effcompile.passes"))  # type: ignore[type-abstract]
+
+
+def all_methods() -> tuple[type[Method], ...]:
+    """Return every policy and every cache format."""
+    return discover.classes(Method, *discover.folders("effcompile.passes"))  # type: ignore[type-abstract]
 
 
 def asked_policies(options: Options) -> tuple[Policy, ...]:

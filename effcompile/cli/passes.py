@@ -60,7 +60,7 @@ def _shown(value: Any) -> str:
 
 def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one mapping an item: kind, name, summary, parameters with defaults, and where it is written."""
-    from effcompile.compiler import all_passes, all_policies
+    from effcompile.compiler import all_methods, all_passes
     from effcompile.compiler import catalog as compiler_catalog
     from effcompile.core.options import Options
 
@@ -73,7 +73,7 @@ def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({"kind": "kernel", **_described(kernel), "gradients": kernel.differentiable})
     for sparse in catalog.sparse:
         rows.append({"kind": "kernel", **_described(sparse), "gradients": False})
-    for policy in all_policies():
+    for policy in all_methods():
         more = {"family": policy.family, "exactness": policy.exactness, "gradients": policy.differentiable}
         rows.append({"kind": "policy", **_described(policy()), **more})
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import fx
 
@@ -59,21 +59,34 @@ class Kernels:
         return tuple(kernel for kernel in self.sparse if kernel.op == op)
 
 
-class Policy(ABC):
-    """Answer one family's question. Subclasses are frozen dataclasses, one a file; every field has a default.
+class Method(ABC):
+    """Answer one family's question by name. Subclasses are frozen dataclasses, one a file; every field has a default."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    paper: ClassVar[str]
+    exactness: ClassVar[Exactness]
+    differentiable: ClassVar[bool] = False
+
+    @property
+    def spelled(self) -> str:
+        """Return the method as a user writes it, without fields that have their default."""
+        return spell(self.name, self)
+
+
+M = TypeVar("M", bound=Method)
+
+
+class Policy(Method):
+    """Answer a question about attention sites of a graph.
 
     `op` names the raised op that `apply` leaves behind: `eff::attention_v1` with a narrower mask, which exact kernels run, or an op
     of its own, which the kernels of `Kernels.of(op)` run; `inside` the raised ops that it can rewrite, so that policies of two
     families go together. `differentiable` says that gradients flow through what it inserts.
     """
 
-    name: ClassVar[str]
-    family: ClassVar[str]
-    paper: ClassVar[str]
-    exactness: ClassVar[Exactness]
     op: ClassVar[str] = RAISED
     inside: ClassVar[tuple[str, ...]] = (RAISED,)
-    differentiable: ClassVar[bool] = False
 
     @abstractmethod
     def propose(self, site: AttentionSite, target: Target, kernels: Kernels) -> Proposal:
@@ -101,18 +114,13 @@ class Policy(ABC):
         """Return the policy as a plan names it at one site: without parameters that only say which sites to take."""
         return self
 
-    @property
-    def spelled(self) -> str:
-        """Return the policy as a user writes it, without fields that have their default."""
-        return spell(self.name, self)
-
 
 def left_by(policies: Sequence[Policy]) -> str:
     """Return the op that policies leave behind, applied in order."""
     return policies[-1].op if policies else RAISED
 
 
-def read_policy(family: str, text: str, known: Iterable[type[Policy]]) -> Policy:
+def read_policy(family: str, text: str, known: Iterable[type[M]]) -> M:
     """Build the policy of a family from its spelling.
 
     Raises:
@@ -125,7 +133,7 @@ def read_policy(family: str, text: str, known: Iterable[type[Policy]]) -> Policy
     return build(classes[name], name, given)
 
 
-def refused_value(policy: Policy, field: str, wanted: str) -> EffError:
+def refused_value(policy: Method, field: str, wanted: str) -> EffError:
     """Return the error for a field whose value the policy cannot take."""
     value = getattr(policy, field)
     return EffError(
@@ -133,7 +141,7 @@ def refused_value(policy: Policy, field: str, wanted: str) -> EffError:
     )
 
 
-def check_whole(policy: Policy, field: str, least: int = 0, multiple: int = 1) -> None:
+def check_whole(policy: Method, field: str, least: int = 0, multiple: int = 1) -> None:
     """Raise EFF-U004 unless the field is an int of at least `least`, and a multiple of `multiple`."""
     value = getattr(policy, field)
     if not _is_int(value) or value < least:
@@ -142,14 +150,14 @@ def check_whole(policy: Policy, field: str, least: int = 0, multiple: int = 1) -
         raise refused_value(policy, field, f"a multiple of {multiple}")
 
 
-def check_share(policy: Policy, field: str) -> None:
+def check_share(policy: Method, field: str) -> None:
     """Raise EFF-U004 unless the field is a number in (0, 1]."""
     value = getattr(policy, field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise refused_value(policy, field, "above 0 and at most 1")
 
 
-def check_word(policy: Policy, field: str, words: Sequence[str]) -> None:
+def check_word(policy: Method, field: str, words: Sequence[str]) -> None:
     """Raise EFF-U004 unless the field is one of some words."""
     if getattr(policy, field) not in words:
         raise refused_value(policy, field, f"one of {', '.join(words)}")
@@ -159,6 +167,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def parameters(policy: Policy) -> dict[str, Any]:
+def parameters(policy: Method) -> dict[str, Any]:
     """Return the parameters with their values."""
     return {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]

@@ -92,6 +92,24 @@ class AttentionSite(Site):
         return not isinstance(self.mask, Opaque)
 
 
+@dataclass(frozen=True)
+class CacheSite(Site):
+    """Describe the KV cache of one attention: what its keys and values are, and how they are stored.
+
+    `capacity` counts tokens; `window` is how many of the last ones the layer ever reads, 0 where it reads all. `format` spells the
+    policy of family `kv`, '' where keys and values are stored as the model made them.
+    """
+
+    batch: int | str = 1
+    kv_heads: int | str = 1
+    head_dim: int = 64
+    value_dim: int = 64
+    capacity: int | str = 0
+    window: int = 0
+    format: str = ""
+    dtype: str = "float32"
+
+
 def shared(site: AttentionSite) -> AttentionSite:
     """Return the site without what does not change its price, so that equal layers are decided and priced once."""
     return replace(site, id="", source="", entry="")

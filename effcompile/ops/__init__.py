@@ -22,6 +22,7 @@ def register() -> None:
         column_scores,
         flash,
         int8_attention,
+        kv,
         linear,
         mask_tensor,
         packing,
@@ -32,7 +33,7 @@ def register() -> None:
 
     selectors = (topk, pages, antidiagonal, pooled, vertical_slash)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
-    plain = (attention, attention_blocks, attention_tokens, blocks, linear, mask_tensor, packing, tiled)
+    plain = (attention, attention_blocks, attention_tokens, blocks, kv, linear, mask_tensor, packing, tiled)
     for module in (*plain, *selectors, *with_kernels):
         module.register()
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
@@ -54,6 +55,21 @@ def prefetch(sources: Iterable[str] = (BLOCKS,)) -> None:
 
 @functools.cache
 def _built(source: str) -> ctypes.CDLL | None:
+    found = build("tiles.h", f"{source}.cpp")
+    if found is None:
+        return None
+    for name in KERNELS[source]:
+        kernel = getattr(found, name)
+        kernel.restype = None
+        kernel.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
+    return found
+
+
+def build(*files: str) -> ctypes.CDLL | None:
+    """Compile and load files of `cpp/`, joined to one source; None where that cannot be done well.
+
+    Warns where the compiler refuses the source: the compositions that stand in are right, but slower.
+    """
     from torch._inductor import exc
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -61,16 +77,14 @@ def _built(source: str) -> ctypes.CDLL | None:
     if not pick_vec_isa():
         return None
     folder = resources.files("effcompile.ops").joinpath("cpp")
-    parts = [folder.joinpath(name).read_text(encoding="utf-8") for name in ("tiles.h", f"{source}.cpp")]
     try:
-        found: ctypes.CDLL = CppCodeCache.load("\n".join(parts))
-    except (exc.InductorError, exc.CppCompileError, exc.InvalidCxxCompiler, OSError, RuntimeError):
+        return CppCodeCache.load("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in files))  # type: ignore[no-any-return]
+    except exc.InvalidCxxCompiler:
         return None
-    for name in KERNELS[source]:
-        kernel = getattr(found, name)
-        kernel.restype = None
-        kernel.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
-    return found
+    except (exc.InductorError, exc.CppCompileError, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())[-400:]
+        warnings.warn(f"effcompile: {files[-1]} could not be compiled, slower code stands in: {text}", stacklevel=2)
+        return None
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Say how a KV cache is stored: a format is the named answer, a storage is what it means for tensors.
+
+A format is a frozen dataclass in `passes/kv/`, one a file, spelled `kivi{bits=4,group=32,residual=128}`; it looks at a cache site
+and gives a storage, or refuses with a reason. A storage (`effcompile/ops/kv/`) knows the tensors that one layer holds, and appends
+to them and attends over them through `eff::` ops. It holds no tensor itself: the state is a mapping that the cache owns.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from effcompile.core.policy import Method
+from effcompile.core.site import CacheSite, Refusal
+
+State = Mapping[str, Tensor]
+"""The tensors of one layer by name. `length` is int64 `[]`: how many tokens the layer holds."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Describe the tokens of one layer: keys `[batch, kv_heads, capacity, head_dim]` and values with `value_dim`."""
+
+    batch: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Storage(ABC):
+    """Keep the tokens of a layer in one form. Subclasses are frozen dataclasses.
+
+    Every tensor of a state but the counters begins with the batch, and begins with the same elements when the capacity grows.
+    """
+
+    @abstractmethod
+    def capacity(self, tokens: int) -> int:
+        """Return the tokens that the tensors hold when `tokens` are asked for: panels and groups are whole."""
+
+    @abstractmethod
+    def tensors(self, shape: CacheShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor of the state but the counters, for a capacity that `capacity` gave."""
+
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """Return the int64 `[]` tensors of the state; `length` is the first."""
+        return ("length",)
+
+    @abstractmethod
+    def append(self, state: State, k: Tensor, v: Tensor) -> None:
+        """Add tokens, k `[B, Hkv, S, D]` and v `[B, Hkv, S, Dv]`, behind those that the state holds.
+
+        Raises:
+            EffError: EFF-K201 where the tensors have no place for them, EFF-K202 where they are of another shape; then nothing is
+                written.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        state: State,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        softcap: float,
+        window: int,
+        format: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (output `[B, Hq, Q, Dv]`, LSE `[B, Hq, Q]`) of attention over all tokens of the state.
+
+        k and v are the last tokens that were appended; they are read as they are, and only what was there before from the state.
+        Column j of `mask`, `[B|1, Hq|1, Q, >= length]` bool (True keeps) or added to the scores, is token j of the state. `causal`
+        lets query i see the old tokens and the first i + 1 new ones. A row without keys gives 0. `window` and `format` change
+        nothing: they say in a graph what the site is.
+        """
+
+    @abstractmethod
+    def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return tokens [start, stop) of the state as floats, keys `[B, Hkv, N, D]` and values `[B, Hkv, N, Dv]`."""
+
+    def rewind(self, state: State, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        state["length"].fill_(length)
+
+
+class CacheFormat(Method):
+    """Answer how a KV cache is stored. Subclasses are frozen dataclasses, one a file; every field has a default."""
+
+    family: ClassVar[str] = "kv"
+
+    @abstractmethod
+    def storage(self, site: CacheSite) -> Storage | Refusal:
+        """Return how the tokens of a site are stored, or why they cannot be."""

@@ -1,0 +1,287 @@
+"""Give transformers models a compressed KV cache, in plain calls, in `generate` and in compiled code, without changing them.
+
+`prepare` sets the model's attention to the interface `eff`, which is SDPA except where keys come from a cache of ours, and lets
+the model build that cache wherever it would build one of its own. The cache's layers hand out a `Held` in place of keys, because
+unpacked ones never exist. The mask stays the model's: `eff` has SDPA's mask function, without which transformers passes no mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effcompile import ops
+from effcompile.compiler import all_methods
+from effcompile.core.cache import CacheFormat
+from effcompile.core.errors import EffError
+from effcompile.core.policy import read_policy
+from effcompile.core.site import CacheSite
+from effcompile.runtime.kv_cache import LayerCache
+
+INTERFACE = "eff"
+OWN = (None, "dynamic", "static", "hybrid", "sliding_window")
+"""Values of `cache_implementation` in whose place a prepared model builds its own cache."""
+
+
+class Held:
+    """Stand for the keys of a cache between the cache and the attention that reads it."""
+
+    def __init__(self, layer: LayerCache, keys: Tensor) -> None:
+        self.layer, self.keys = layer, keys
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the new keys."""
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the new keys."""
+        return self.keys.device
+
+    def __getattr__(self, name: str) -> Any:
+        raise EffError(
+            "EFF-K205",
+            f"this model's attention asks the keys of a compressed cache for `{name}`, which exist in packed form only",
+            hint="eff.prepare(model, kv=...) on the model that the cache is passed to; its attention must go through transformers' "
+            "AttentionInterface",
+        )
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Held,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' interface says: query `[B, Hq, Q, D]`, returns `[B, Q, Hq, Dv]` and no probabilities.
+
+    Raises:
+        EffError: EFF-K205 for dropout, probabilities or a bias per position, which attention over a packed cache does not have.
+    """
+    if not isinstance(key, Held):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return found
+    asked = {"dropout": bool(dropout), "output_attentions": kwargs.get("output_attentions")}
+    asked["position_bias"] = kwargs.get("position_bias") is not None
+    if any(asked.values()):
+        words = ", ".join(name for name, given in asked.items() if given)
+        raise EffError(
+            "EFF-K205", f"attention over a compressed cache has no {words}", hint="model.eval(), or another cache"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # One query sees every token that there is, so without a mask only several queries need their order.
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    softcap = float(kwargs.get("softcap") or 0.0)
+    out, lse = key.layer.attend(query.to(key.dtype), key.keys, value, attention_mask, causal, scale, softcap)
+    sinks = kwargs.get("s_aux")
+    if sinks is not None:  # one more score in each row, whose column is dropped again
+        out = (out * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Say what a prepared model builds in place of its own cache."""
+
+    format: CacheFormat
+    capacity: int | None
+
+
+def prepare(
+    model: nn.Module, *, kv: str | CacheFormat | None = None, evict: str | None = None, capacity: int | None = None
+) -> Any:
+    """Let a transformers model keep its KV cache in a compressed form, and return it.
+
+    Args:
+        model: a transformers model that generates text; changed in place.
+        kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None leaves the cache as it is.
+        evict: reserved.
+        capacity: tokens that a cache has place for; None lets `generate` choose what it needs, and caches of plain calls grow.
+
+    Raises:
+        EffError: EFF-U014, EFF-U003 or EFF-U004 for a misspelled format, EFF-K204 for one that cannot store this model, EFF-K205
+            for a model whose attention cannot read such a cache, EFF-U104 without transformers.
+    """
+    _require()
+    if evict is not None:
+        raise EffError("EFF-U014", f"no policy of family `evict` is installed (asked for {evict})", hint="eff passes")
+    if kv is None:
+        model.__dict__.pop("_eff_kv", None)
+        return model
+    form = read_format(kv)
+    _switch(model)
+    kv_cache(model, form, capacity=capacity)  # what the format refuses is known here, before anything runs
+    first = "_eff_kv" not in model.__dict__
+    model.__dict__["_eff_kv"] = Preparation(form, capacity)
+    if first:
+        model.register_forward_pre_hook(_give_cache, with_kwargs=True)
+        own = model._prepare_cache_for_generation
+        model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare_for_generation, model, own)
+    return model
+
+
+def read_format(kv: str | CacheFormat) -> CacheFormat:
+    """Return a cache format from its spelling."""
+    if isinstance(kv, CacheFormat):
+        return kv
+    found = read_policy("kv", kv, all_methods())
+    assert isinstance(found, CacheFormat)
+    return found
+
+
+def kv_cache(
+    model: nn.Module, kv: str | CacheFormat | None = None, *, capacity: int | None = None, batch: int | None = None
+) -> Any:
+    """Return an empty compressed cache for `past_key_values=` of a prepared model: a transformers `Cache`.
+
+    Args:
+        model: the model, prepared or not yet.
+        kv: the format; None takes what the model was prepared with.
+        capacity: tokens; None takes what the model was prepared with, and where that says nothing either the cache grows as tokens
+            arrive, in eager calls only.
+        batch: make the tensors at once, for so many sequences; else they are made when the first tokens arrive.
+    """
+    _require()
+    prepared: Preparation | None = model.__dict__.get("_eff_kv")
+    if kv is None and prepared is None:
+        raise EffError(
+            "EFF-K205", "the model was not prepared and no format is named", hint='eff.prepare(model, kv="...")'
+        )
+    form = prepared.format if kv is None and prepared is not None else read_format(kv)  # type: ignore[arg-type]
+    if capacity is None and prepared is not None:
+        capacity = prepared.capacity
+    from effcompile.integrations.transformers_cache import build
+
+    cache = build(model.config, form, capacity)
+    if batch is not None:
+        cache.early_initialization(batch, *cache.dimensions, model.dtype, model.device)
+    return cache
+
+
+def _switch(model: nn.Module) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "_prepare_cache_for_generation"):
+        raise EffError(
+            "EFF-K205",
+            f"{type(model).__name__} is no decoder that generates text",
+            hint="prepare the model that has generate()",
+        )
+    if model.config._attn_implementation == INTERFACE:
+        return
+    ops.register()
+    AttentionInterface.register(INTERFACE, attention)
+    AttentionMaskInterface.register(INTERFACE, sdpa_mask)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(INTERFACE)
+    if model.config._attn_implementation != INTERFACE:
+        raise EffError(
+            "EFF-K205",
+            f"the attention of {type(model).__name__} does not go through transformers' AttentionInterface",
+            hint="a model of transformers 5, whose attention is set by set_attn_implementation()",
+        )
+
+
+def _give_cache(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Let a plain call that would make a cache of its own make ours."""
+    prepared: Preparation | None = model.__dict__.get("_eff_kv")
+    if prepared is None or kwargs.get("past_key_values") is not None or _places(type(model).forward) < len(args):
+        return None
+    wanted = kwargs.get("use_cache")
+    if not (model.config.use_cache if wanted is None else wanted) or model.training:
+        return None
+    return args, {**kwargs, "past_key_values": kv_cache(model)}
+
+
+@functools.cache
+def _places(forward: Callable[..., Any]) -> int:
+    """Return how many positional arguments come before `past_key_values`."""
+    names = [name for name in inspect.signature(forward).parameters if name != "self"]
+    return names.index("past_key_values") if "past_key_values" in names else len(names)
+
+
+def _prepare_for_generation(model: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Put our cache in the place of the one that `generate` is about to make."""
+    prepared: Preparation | None = model.__dict__.get("_eff_kv")
+    given: Mapping[str, Any] = inspect.signature(own).bind(*args, **kwargs).arguments
+    config, inputs = given["generation_config"], given["model_kwargs"]
+    wanted = config.use_cache is not False and config.cache_implementation in OWN
+    if prepared is not None and wanted and inputs.get("past_key_values") is None:
+        capacity = max(given["max_cache_length"], getattr(config, "max_cache_len", None) or 0)
+        inputs["past_key_values"] = kv_cache(model, capacity=prepared.capacity or capacity)
+        return None
+    return own(*args, **kwargs)
+
+
+def _require() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise EffError("EFF-U104", "transformers is not installed", hint="pip install 'effcompile[hf]'") from error
+
+
+def sites(config: Any, capacity: int | None, dtype: str = "") -> list[CacheSite | tuple[str, dict[str, Any]]]:
+    """Return a cache site for every layer that keeps keys and values, and (type, arguments) of transformers' own for the others."""
+    text = config.get_text_config(decoder=True)
+    kinds, arguments = _layer_types(text)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    depth = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    found: list[CacheSite | tuple[str, dict[str, Any]]] = []
+    for number, (kind, given) in enumerate(zip(kinds, arguments)):
+        if kind in ("full_attention", "sliding_attention", "chunked_attention"):
+            found.append(
+                CacheSite(
+                    f"layers.{number}.cache",
+                    "cache",
+                    "decode",
+                    "",
+                    kv_heads=heads,
+                    head_dim=depth,
+                    value_dim=depth,
+                    capacity=capacity or 0,
+                    window=int(given.get("sliding_window") or 0),
+                    dtype=dtype,
+                )
+            )
+        else:
+            found.append((kind, given))
+    return found
+
+
+def _layer_types(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    from transformers import cache_utils
+
+    if hasattr(cache_utils, "get_layer_types_and_kwargs"):
+        kinds, arguments = cache_utils.get_layer_types_and_kwargs(text)
+        return list(kinds), list(arguments)
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    window = getattr(text, "sliding_window", None)
+    return kinds, [{"sliding_window": window} if kind == "sliding_attention" else {} for kind in kinds]

@@ -1,0 +1,142 @@
+"""Put compressed layers into transformers' `Cache`.
+
+The classes derive from transformers', so they are made in a function: importing this module imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcompile.core.cache import CacheFormat
+from effcompile.core.errors import EffError
+from effcompile.core.site import CacheSite
+from effcompile.integrations.transformers import Held, sites
+from effcompile.runtime.kv_cache import LayerCache
+
+
+def build(config: Any, form: CacheFormat, capacity: int | None) -> Any:
+    """Return a cache for a model's configuration; layers that keep no keys and values are transformers' own."""
+    from transformers import cache_utils
+
+    cache_class, layer_class = classes()
+    layers: list[Any] = []
+    for site in sites(config, capacity):
+        if isinstance(site, CacheSite):
+            layers.append(layer_class(LayerCache(form, site)))
+            continue
+        kind, given = site
+        mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})
+        if kind not in mapping or capacity is None:
+            raise EffError(
+                "EFF-K205", f"layers of type `{kind}` cannot be in this cache", hint="give a capacity, or leave kv out"
+            )
+        layers.append(mapping[kind](max_cache_len=capacity, **given))
+    return cache_class(layers)
+
+
+@functools.cache
+def classes() -> tuple[Any, Any]:
+    """Return (cache class, layer class), made from transformers' own."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    class PackedLayer(CacheLayerMixin):
+        """Show a `LayerCache` to transformers: what it returns for keys stands for the packed ones."""
+
+        is_compileable = True
+        is_croppable = True
+        is_sliding = False  # masks of sliding layers are made for all tokens, and drop what is out of the window
+
+        def __init__(self, tokens: LayerCache) -> None:
+            super().__init__()
+            self.tokens = tokens
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            """Make the tensors."""
+            self.tokens.prepare(key_states, value_states)
+            self.batch_size = key_states.shape[0]
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+            """Append new tokens; the keys that are returned can be read by the attention `eff` only."""
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.tokens.append(key_states, value_states)
+            return Held(self.tokens, key_states), value_states
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            """Return what a mask must cover: every place, so that its size does not change while tokens arrive."""
+            self.tokens.reserve(query_length)
+            if not self.is_initialized and self.tokens.limit is None:
+                return max(self.tokens.capacity, self.tokens.storage.capacity(query_length)), 0
+            return self.tokens.capacity, 0
+
+        def get_seq_length(self) -> Any:
+            """Return the number of tokens: a tensor in compiled code, which must not depend on its value."""
+            if not self.is_initialized:
+                return 0
+            return self.tokens.state["length"] if torch.compiler.is_compiling() else self.tokens.length
+
+        def get_max_length(self) -> int:
+            """Return the capacity, -1 where the cache grows."""
+            return -1 if self.tokens.limit is None else self.tokens.limit
+
+        get_max_cache_shape = get_max_length
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """Remove -n tokens; a positive number is how many stay, as in older versions of transformers."""
+            held = self.tokens.length
+            self.tokens.crop(min(held, tokens_to_remove) if tokens_to_remove > 0 else held + tokens_to_remove)
+
+        def reset(self) -> None:
+            """Forget all tokens."""
+            self.tokens.reset()
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            """Reorder the sequences."""
+            self.tokens.select(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            """Keep some of the sequences."""
+            self._select(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            """Repeat every sequence."""
+            if self.tokens.shape is not None:
+                self._select(torch.arange(self.tokens.shape.batch).repeat_interleave(repeats))
+
+        def _select(self, indices: Tensor) -> None:
+            self.tokens.select(indices)
+            self.batch_size = len(indices)
+
+        def offload(self) -> None:
+            """Refuse: packed tokens stay on their device."""
+            raise EffError("EFF-K205", "a compressed cache cannot be offloaded", hint="offloading=False")
+
+    class PackedCache(Cache):
+        """Hold one layer for each layer of the model; passed to a prepared model as `past_key_values`."""
+
+        def __init__(self, layers: list[Any]) -> None:
+            super().__init__(layers=layers)
+
+        @property
+        def packed(self) -> list[LayerCache]:
+            """Return what the packed layers hold."""
+            return [layer.tokens for layer in self.layers if isinstance(layer, PackedLayer)]
+
+        @property
+        def dimensions(self) -> tuple[list[int], list[int]]:
+            """Return key heads and head dimension of every layer, for `early_initialization`."""
+            own = [
+                layer.tokens.site if isinstance(layer, PackedLayer) else self.packed[0].site for layer in self.layers
+            ]
+            return [int(site.kv_heads) for site in own], [site.head_dim for site in own]
+
+        def nbytes(self) -> int:
+            """Return the bytes of all tensors of the packed layers."""
+            return sum(tokens.nbytes() for tokens in self.packed)
+
+    return PackedCache, PackedLayer

@@ -1,0 +1,130 @@
+"""Hold what all forms of cache share: checks before a write, and attention over old and new tokens with torch operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from effcompile.core.errors import EffError
+from effcompile.ops import flash
+from effcompile.ops.sinks import flash_cpu
+
+FEW = 16
+"""Queries up to which the compiled kernel is asked: it reads every code once for each few rows of queries."""
+_PIECE = 1024  # old tokens that are unpacked at a time for many queries
+
+Read = Callable[[int, int], tuple[Tensor, Tensor]]
+"""Return old tokens [start, stop) as floats."""
+
+
+def check_shapes(own: tuple[int, int, int, int], k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise EFF-K202 unless new tokens fit a state of (batch, kv heads, head dim, value dim), and dtype where it holds any."""
+    batch, heads, depth, width = own
+    if k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[1], k.shape[3], v.shape[3]) != (batch, heads, depth, width):
+        raise EffError(
+            "EFF-K202",
+            f"keys {list(k.shape)} and values {list(v.shape)} for a cache of batch {batch}, {heads} key heads and dimensions "
+            f"{depth}/{width}",
+            hint="one cache serves one model and one batch size; make another, or call reset() and reorder_cache()",
+        )
+    if k.dtype != v.dtype or (dtype is not None and k.dtype != dtype):
+        kinds = f"keys in {k.dtype} and values in {v.dtype}"
+        raise EffError(
+            "EFF-K202", f"{kinds} for a cache made for {dtype or k.dtype}", hint="make the cache for this model"
+        )
+
+
+def check_room(length: int, count: int, capacity: int) -> None:
+    """Raise EFF-K201 where a cache of `capacity` tokens has no place for `count` more."""
+    if length + count > capacity:
+        raise EffError(
+            "EFF-K201",
+            f"the cache holds {length} of {capacity} tokens and has no place for {count} more; nothing was written",
+            hint=f"make it larger: capacity={length + count} or more",
+        )
+
+
+def check_mask(mask: Tensor | None, q: Tensor, length: int, causal: bool, fresh: int) -> None:
+    """Raise EFF-K202 where a mask does not cover the queries and the tokens, or where causal order means nothing."""
+    if mask is not None:
+        batch, heads, rows, columns = mask.shape
+        fits = batch in (1, q.shape[0]) and heads in (1, q.shape[1]) and rows in (1, q.shape[2]) and columns >= length
+        if not fits:
+            wanted = f"[{q.shape[0]}, {q.shape[1]}, {q.shape[2]}, {length} or more]"
+            raise EffError("EFF-K202", f"a mask {list(mask.shape)} where {wanted} is needed")
+    if causal and q.shape[2] != fresh:
+        raise EffError("EFF-K202", f"causal order between {q.shape[2]} queries and {fresh} new tokens")
+
+
+def attention(
+    q: Tensor,
+    old: tuple[Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over unpacked old tokens `[B, Hkv, C, D]`, of which the first length - S count, and S new ones.
+
+    The meaning of every `eff::kv_attention_*`, on any device and without reading `length` on the host.
+    """
+    fresh, rows, group = k.shape[2], q.shape[2], q.shape[1] // k.shape[1]
+    device, places = q.device, old[0].shape[2]
+    kind = torch.promote_types(q.dtype, torch.float32)
+    before = length - fresh
+    keys = torch.cat([old[0].to(kind), k.to(kind)], 2)
+    values = torch.cat([old[1].to(kind), v.to(kind)], 2)
+    column = torch.arange(places, device=device)
+    kept = torch.cat([column < before, torch.ones(fresh, dtype=torch.bool, device=device)])[None].expand(rows, -1)
+    if causal:
+        order = torch.ones((rows, fresh), dtype=torch.bool, device=device).tril()
+        kept = torch.cat([kept[:, :places], order], 1)
+    scores = flash.scores(q.to(kind), keys, scale, softcap)
+    kept = kept.expand(scores.shape)
+    if mask is not None:
+        # A column beyond the mask's own belongs to no token, and is dropped above.
+        tokens = torch.cat([column, before + torch.arange(fresh, device=device)]).clamp(max=mask.shape[3] - 1)
+        seen = mask.index_select(3, tokens)
+        scores, kept = (scores, kept & seen) if mask.dtype == torch.bool else (scores + seen, kept)
+    # What no query reads may be any number.
+    read = kept.any(2).reshape(q.shape[0], -1, group, kept.shape[3]).any(2)
+    values = torch.where(read[..., None], values, 0)
+    out, lse = flash.weighted(scores.masked_fill(~kept, -math.inf), values)
+    return out.to(q.dtype), lse.to(flash.lse_dtype(q))
+
+
+def attend_many(
+    q: Tensor, read: Read, k: Tensor, v: Tensor, length: int, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the same for many queries on CPU: torch's flash attention over pieces of old tokens, merged by their LSE.
+
+    In float32, since unpacked keys and values are no numbers of a narrower type.
+    """
+    before, kind = length - k.shape[2], q.dtype
+    seen = None if mask is None else mask[..., before:length]
+    q = q.float()
+    out, lse = _piece(q, k.float(), v.float(), seen, causal, scale)
+    for start in range(0, before, _PIECE):
+        stop = min(before, start + _PIECE)
+        keys, values = read(start, stop)
+        seen = None if mask is None else mask[..., start:stop]
+        more, other = _piece(q, keys, values, seen, False, scale)
+        out, lse = flash.merge((out, lse), (more, other))
+    return out.to(kind), lse
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    out, lse = flash_cpu(q, k, v, mask, causal, scale)
+    if mask is not None:
+        empty = ~mask.any(3) if mask.dtype == torch.bool else (mask == -math.inf).all(3)
+        lse = lse.masked_fill(empty, -math.inf)
+        out = out.masked_fill(empty[..., None], 0.0)
+    return out, lse

@@ -1,0 +1,168 @@
+"""Hold the tokens of one attention layer in the form that a cache format says.
+
+The tensors are made when the first tokens arrive, since only those tell batch, heads and dtype, and then stay where they are:
+compiled code writes into them. A cache of fixed capacity refuses more tokens (EFF-K201); one without grows by doubling, outside
+compiled code only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from effcompile.core.cache import CacheFormat, CacheShape, Storage
+from effcompile.core.errors import EffError
+from effcompile.core.site import CacheSite, Refusal
+
+FIRST = 256  # tokens that a growing cache has place for at first
+
+
+def storage_of(format: CacheFormat, site: CacheSite) -> Storage:
+    """Return how a format stores a site.
+
+    Raises:
+        EffError: with the format's own refusal.
+    """
+    found = format.storage(site)
+    if isinstance(found, Refusal):
+        raise EffError(
+            found.code, f"`{format.spelled}` cannot store {site.id}: {found.reason}", site=site.id, hint=found.hint
+        )
+    return found
+
+
+class LayerCache:
+    """Hold keys and values of one layer; `state` is empty until `prepare`.
+
+    `site` says which layer it is; its capacity is what is asked for, 0 for a cache that grows.
+
+    Raises:
+        EffError: what the format refuses about the site.
+    """
+
+    def __init__(self, format: CacheFormat, site: CacheSite) -> None:
+        assert isinstance(site.capacity, int)
+        self.method, self.site = format, site
+        self.storage = storage_of(format, site)
+        self.spelled = format.spelled
+        self.limit = self.storage.capacity(site.capacity) if site.capacity else None
+        self.shape: CacheShape | None = None
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Return how many tokens the tensors hold, or would once they are made."""
+        if self.shape is not None:
+            return self.shape.capacity
+        return self.storage.capacity(FIRST) if self.limit is None else self.limit
+
+    @property
+    def length(self) -> int:
+        """Return how many tokens are held. This reads a tensor: compiled code uses `state["length"]`."""
+        return int(self.state["length"]) if self.state else 0
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors, counters included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
+
+    def prepare(self, k: Tensor, v: Tensor) -> None:
+        """Make the tensors for tokens like k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]`; S may be 0."""
+        capacity = self.capacity
+        if self.limit is None and not torch.compiler.is_compiling():
+            capacity = max(capacity, self.storage.capacity(k.shape[2]))
+        shape = CacheShape(k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3], k.dtype, k.device)
+        if (shape.head_dim, shape.value_dim) != (self.site.head_dim, self.site.value_dim):
+            site = replace(self.site, head_dim=shape.head_dim, value_dim=shape.value_dim)
+            assert storage_of(self.method, site) == self.storage, "the capacity was rounded for another storage"
+        self.state = self._tensors(shape)
+        self.shape = shape
+
+    def _tensors(self, shape: CacheShape) -> dict[str, Tensor]:
+        made = {
+            name: torch.zeros(extents, dtype=dtype, device=shape.device)
+            for name, (extents, dtype) in self.storage.tensors(shape).items()
+        }
+        for name in self.storage.counters:
+            made[name] = torch.zeros((), dtype=torch.int64, device=shape.device)
+        if not torch.compiler.is_compiling():
+            for tensor in made.values():
+                _keep_address(tensor)
+        return made
+
+    def reserve(self, count: int) -> None:
+        """Make place for `count` more tokens where the cache may grow and no compiled code holds its tensors."""
+        if self.shape is None or self.limit is not None or torch.compiler.is_compiling():
+            return
+        needed = self.length + count
+        if needed <= self.shape.capacity:
+            return
+        shape = replace(self.shape, capacity=self.storage.capacity(max(needed, 2 * self.shape.capacity)))
+        grown = self._tensors(shape)
+        for name, old in self.state.items():
+            grown[name][tuple(slice(0, extent) for extent in old.shape)] = old
+        self.state, self.shape = grown, shape
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens behind those that are held."""
+        if self.shape is None:
+            self.prepare(k, v)
+        self.reserve(k.shape[2])
+        self.storage.append(self.state, k, v)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return (output, LSE) of attention over all held tokens, of which k and v are the last; see `Storage.attend`."""
+        return self.storage.attend(
+            self.state, q, k, v, mask, causal, scale, softcap, window=self.site.window, format=self.spelled
+        )
+
+    def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return held tokens as floats in the model's dtype."""
+        if self.shape is None:
+            raise EffError("EFF-K203", "the cache is empty", hint="run the model first")
+        keys, values = self.storage.read(self.state, start, self.length if stop is None else stop, self.shape.dtype)
+        return keys, values[..., : self.shape.value_dim]
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on.
+
+        Raises:
+            EffError: EFF-K203 where fewer are held.
+        """
+        held = self.length
+        if not 0 <= length <= held:
+            raise EffError("EFF-K203", f"the cache holds {held} tokens and cannot be cut to {length}")
+        if length < held:
+            self.storage.rewind(self.state, length)
+
+    def reset(self) -> None:
+        """Forget all tokens; the tensors stay, so that compiled code stays valid."""
+        for name in self.storage.counters:
+            if name in self.state:
+                self.state[name].zero_()
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences that `index` `[B']` names, in its order; with as many as before the tensors stay where they are."""
+        if self.shape is None:
+            return
+        same = len(index) == self.shape.batch
+        for name, tensor in self.state.items():
+            if name in self.storage.counters:
+                continue
+            chosen = tensor.index_select(0, index.to(tensor.device))
+            if same:
+                tensor.copy_(chosen)
+            else:
+                _keep_address(chosen)
+                self.state[name] = chosen
+        self.shape = replace(self.shape, batch=len(index))
+
+
+def _keep_address(tensor: Tensor) -> None:
+    """Tell Dynamo that the tensor stays where it is, so that CUDA graphs may write into it."""
+    import torch._dynamo
+
+    torch._dynamo.mark_static_address(tensor)

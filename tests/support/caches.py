@@ -1,0 +1,61 @@
+"""Make states of KV caches, and attention in float64 to compare them with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from effcompile.core.cache import CacheShape, Storage
+from effcompile.ops.kv.grouped import Grouped
+from effcompile.ops.kv.per_token import PerToken8
+
+STORAGES: dict[str, Storage] = {
+    "int8": PerToken8(),
+    "4-32-128": Grouped(4, 32, 128),
+    "4-64-64": Grouped(4, 64, 64),
+    "2-32-32": Grouped(2, 32, 32),
+    "2-64-128": Grouped(2, 64, 128),
+}
+
+
+def empty(storage: Storage, shape: CacheShape) -> dict[str, Tensor]:
+    """Return the state of a cache without tokens."""
+    state = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in storage.tensors(shape).items()}
+    return state | {name: torch.zeros((), dtype=torch.int64) for name in storage.counters}
+
+
+def shape_of(
+    storage: Storage, tokens: int, batch: int, heads: int, dims: tuple[int, int], dtype: torch.dtype
+) -> CacheShape:
+    """Return the shape of a cache for `tokens`."""
+    return CacheShape(batch, heads, storage.capacity(tokens), *dims, dtype, torch.device("cpu"))
+
+
+def draw(*sizes: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Return normal numbers `[B, H, S, D]` as a model has them: a view of `[B, S, H, D]`, one channel larger than the others."""
+    batch, heads, count, depth = sizes
+    made = torch.randn(batch, count, heads, depth, generator=torch.Generator().manual_seed(seed))
+    made[..., depth // 3] = made[..., depth // 3] * 5 + 3
+    return made.to(dtype).transpose(1, 2)
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return (output, LSE) in float64 of q over all keys; the queries are the last of the tokens where `causal` is set."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.double() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    rows, columns = scores.shape[-2:]
+    if mask is not None:
+        seen = mask[..., :columns]
+        scores = scores.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else scores + seen
+    if causal:
+        scores = scores.masked_fill(~torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows), -math.inf)
+    lse = scores.logsumexp(-1)
+    probs = torch.where(lse[..., None] == -math.inf, 0.0, (scores - lse[..., None]).exp())
+    return probs @ v, lse
