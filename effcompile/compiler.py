@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import fx
+
 from effcompile import discover, ops
 from effcompile.capture.dynamo import module_of
 from effcompile.core.dump import Dump
@@ -21,13 +23,14 @@ from effcompile.core.plan import Plan, Range
 from effcompile.core.policy import SITE_FAMILIES, Kernels, Method, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
-from effcompile.core.site import AttentionSite, Missed, Refusal
+from effcompile.core.site import AttentionSite, CacheSite, Missed, Refusal
 from effcompile.core.sizes import Size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.lower import lower
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
+from effcompile.passes.recognize.kv_cache import recognize_caches
 from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
 from effcompile.planning.pricing import products
 from effcompile.planning.replay import replayed
@@ -50,6 +53,7 @@ class Compiled:
     ran: tuple[str, ...] = ()
     range: Range = "any"
     other: Callable[[], Program] | None = None
+    caches: tuple[CacheSite, ...] = ()
 
 
 @dataclass
@@ -73,8 +77,9 @@ def compile_program(
     dump.program("captured", program)
     early = [item for item in _phase(passes, "captured") if item.name not in options.disable]
     program = _run(early, program, Plan.single(str(target)), dump, tank)
-    found = recognize_attention(program, lambda node: (module_of(node), node.meta.get("eff.source", "")))
+    found = recognize_attention(program, _locate)
     program = verify(program, found.program, "recognize")
+    caches = recognize_caches(program, _locate)
     dump.program("recognized", program)
     clock.lap("recognize")
 
@@ -123,7 +128,12 @@ def compile_program(
         tuple(tank.ran),
         here,
         other,
+        caches,
     )
+
+
+def _locate(node: fx.Node) -> tuple[str, str]:
+    return module_of(node), node.meta.get("eff.source", "")
 
 
 def _plan(

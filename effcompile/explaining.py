@@ -36,6 +36,7 @@ from effcompile.lowering.rates import attained
 from effcompile.modules import attention_modules, holders
 from effcompile.observe import Observation, SeenGraph, observe, observe_export
 from effcompile.planning import pricing
+from effcompile.planning.caches import CacheRow
 from effcompile.planning.explain import Explanation, GraphRow, MissedRow, PassRow, SiteRow, Unseen
 from effcompile.planning.planner import KERNEL
 from effcompile.skeleton import Skeleton, strip
@@ -135,6 +136,7 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
     graphs: list[GraphRow] = []
     sites: list[SiteRow] = []
     missed: list[MissedRow] = []
+    caches: list[CacheRow] = []
     totals: dict[str, float] = {}
     for number, graph in enumerate(observation.graphs):
         row, compiled = _decide(graph, target, options)
@@ -144,8 +146,10 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
         if compiled is not None:
             sites.extend(_rows(compiled, graph, number, price))
             missed.extend(MissedRow(place(graph.owner, m.site.id), number, m) for m in compiled.missed)
+            caches.extend(_cache_rows(compiled, graph, number))
     breaks = _named_breaks(observation, model)
     reached = frozenset(path for row in sites for path in row.places) | {row.id for row in missed}
+    reached |= {path.rpartition(".cache")[0] for row in caches for path in row.places}
     stop = observation.stop
     return Explanation(
         model="",
@@ -156,6 +160,7 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
         graphs=tuple(graphs),
         sites=tuple(sites),
         missed=tuple(missed),
+        caches=tuple(caches),
         breaks=breaks,
         unseen=_unseen(model, observation, breaks, reached),
         seconds=tuple(totals.items()),
@@ -252,6 +257,14 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
                 density="; ".join(choice.reason for choice in policies),
             )
         )
+    return rows
+
+
+def _cache_rows(compiled: Compiled, graph: SeenGraph, number: int) -> list[CacheRow]:
+    rows = []
+    for site in compiled.caches:
+        places = tuple(dict.fromkeys(place(owner, site.id) for owner in graph.owners or [""]))
+        rows.append(CacheRow(place(graph.owner, site.id), number, places, site))
     return rows
 
 

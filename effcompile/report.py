@@ -71,6 +71,8 @@ def compiled(result: Compiled, seconds: dict[str, float]) -> None:
     _LOG.counters["graphs"] += 1
     _LOG.counters["sites"] += len(result.sites)
     _LOG.counters["missed"] += len(result.missed)
+    if result.caches:
+        _LOG.counters["caches"] += len(result.caches)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "eff_plan", "encoding": "json"},
@@ -136,6 +138,7 @@ def summary() -> dict[str, Any]:
                     for plan in (record.compiled.plan,)
                     for site in record.compiled.sites
                 ],
+                "caches": [site.to_json() for site in record.compiled.caches],
                 "missed": [{**m.site.to_json(), "refusal": str(m.refusal)} for m in record.compiled.missed],
                 "notes": list(record.compiled.plan.notes),
                 "breaks": [{"reason": b.reason, "source": b.source} for b in record.compiled.program.breaks],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,10 +157,15 @@ def _mark_sources(graph: fx.Graph) -> None:
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OWN = tuple(f"{_PACKAGE / folder}/" for folder in ("ops", "runtime", "integrations"))
+"""What a prepared model calls of ours, in the user's name."""
+
+
 def source_line(node: fx.Node) -> str:
     """Return the innermost `file:line` of the user's code that made the node, or ''."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    outside = [frame for frame in frames if "/torch/" not in frame[0]]
+    outside = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith(_OWN)]
     chosen = (outside or frames)[-1:] or [("", "")]
     return f"{chosen[0][0]}:{chosen[0][1]}" if chosen[0][0] else ""
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from effcompile.cli.console import bad, dim, good, table
 from effcompile.core.plan import GraphPlan, Plan
 from effcompile.numerics import GraphLedger
+from effcompile.planning.caches import alike, described
 from effcompile.planning.explain import Explanation, brief, duration, fold, groups, headline, sizes
 from effcompile.planning.ledger import Row
 
@@ -25,6 +26,7 @@ def draw_explanation(out: Console, found: Explanation, why_not: bool = True) -> 
     if found.stop:
         out.print(bad(f"stopped early, so this is not the whole model: {found.stop}"), soft_wrap=True)
     _draw_sites(out, found)
+    _draw_caches(out, found)
     _draw_not_rewritten(out, found)
     if why_not:
         _draw_declined(out, found)
@@ -65,6 +67,13 @@ def _draw_sites(out: Console, found: Explanation) -> None:
     lines = {f"{item}": None for group in groups(found.sites) for item in group.first.pays if item.decides}
     for line in lines:
         out.print(f"  {line}")
+
+
+def _draw_caches(out: Console, found: Explanation) -> None:
+    rows = [[fold(places), *described(site)] for site, places in alike(found.caches)]
+    if rows:
+        out.print()
+        out.print(table("KV caches", ("site", "keys", "holds", "format"), rows))
 
 
 def _draw_not_rewritten(out: Console, found: Explanation) -> None:

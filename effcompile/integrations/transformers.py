@@ -110,6 +110,10 @@ class Preparation:
 
     format: CacheFormat
     capacity: int | None
+    places: int
+    """Positional arguments before `past_key_values` in a call of the model."""
+    classes: tuple[Any, Any]
+    """What a cache is made of, found once: a compiled call that builds its cache cannot ask for it."""
 
 
 def prepare(
@@ -133,11 +137,13 @@ def prepare(
     if kv is None:
         model.__dict__.pop("_eff_kv", None)
         return model
+    from effcompile.integrations.transformers_cache import classes
+
     form = read_format(kv)
     _switch(model)
     kv_cache(model, form, capacity=capacity)  # what the format refuses is known here, before anything runs
     first = "_eff_kv" not in model.__dict__
-    model.__dict__["_eff_kv"] = Preparation(form, capacity)
+    model.__dict__["_eff_kv"] = Preparation(form, capacity, _places(type(model).forward), classes())
     if first:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
         own = model._prepare_cache_for_generation
@@ -175,9 +181,9 @@ def kv_cache(
     form = prepared.format if kv is None and prepared is not None else read_format(kv)  # type: ignore[arg-type]
     if capacity is None and prepared is not None:
         capacity = prepared.capacity
-    from effcompile.integrations.transformers_cache import build
+    from effcompile.integrations.transformers_cache import build, classes
 
-    cache = build(model.config, form, capacity)
+    cache = build(classes() if prepared is None else prepared.classes, model.config, form, capacity)
     if batch is not None:
         cache.early_initialization(batch, *cache.dimensions, model.dtype, model.device)
     return cache
@@ -213,7 +219,7 @@ def _give_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Let a plain call that would make a cache of its own make ours."""
     prepared: Preparation | None = model.__dict__.get("_eff_kv")
-    if prepared is None or kwargs.get("past_key_values") is not None or _places(type(model).forward) < len(args):
+    if prepared is None or kwargs.get("past_key_values") is not None or prepared.places < len(args):
         return None
     wanted = kwargs.get("use_cache")
     if not (model.config.use_cache if wanted is None else wanted) or model.training:
@@ -221,7 +227,6 @@ def _give_cache(
     return args, {**kwargs, "past_key_values": kv_cache(model)}
 
 
-@functools.cache
 def _places(forward: Callable[..., Any]) -> int:
     """Return how many positional arguments come before `past_key_values`."""
     names = [name for name in inspect.signature(forward).parameters if name != "self"]

@@ -18,11 +18,11 @@ from effcompile.integrations.transformers import Held, sites
 from effcompile.runtime.kv_cache import LayerCache
 
 
-def build(config: Any, form: CacheFormat, capacity: int | None) -> Any:
-    """Return a cache for a model's configuration; layers that keep no keys and values are transformers' own."""
+def build(made: tuple[Any, Any], config: Any, form: CacheFormat, capacity: int | None) -> Any:
+    """Return a cache of the classes `made` for a model's configuration; layers without keys and values are transformers' own."""
     from transformers import cache_utils
 
-    cache_class, layer_class = classes()
+    cache_class, layer_class = made
     layers: list[Any] = []
     for site in sites(config, capacity):
         if isinstance(site, CacheSite):

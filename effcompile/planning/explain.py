@@ -17,6 +17,7 @@ from effcompile.core.policy import DENSE_LAYER, SITE_FAMILIES
 from effcompile.core.program import Break
 from effcompile.core.site import AttentionSite, Missed
 from effcompile.core.target import Device
+from effcompile.planning.caches import CacheRow, alike, described
 from effcompile.planning.pricing import Floor, Pays
 
 SCHEMA = 1
@@ -168,6 +169,7 @@ class Explanation:
     stop: str = ""
     command: str = ""
     policy: str = ""
+    caches: tuple[CacheRow, ...] = ()
 
     @property
     def attention_seconds(self) -> float:
@@ -241,6 +243,7 @@ class Explanation:
             "graphs": [item.to_json() for item in self.graphs],
             "sites": [item.to_json() for item in self.sites],
             "missed": [item.to_json() for item in self.missed],
+            "caches": [item.to_json() for item in self.caches],
             "breaks": [{"reason": b.reason, "source": b.source, "module": b.module} for b in self.breaks],
             "unseen": [item.to_json() for item in self.unseen],
             "stop": self.stop,
@@ -343,10 +346,11 @@ def headline(explanation: Explanation) -> str:
         row.instances for row in explanation.sites if row.kept_dense and row.kept_dense.refusal.code == DENSE_LAYER
     )
     total = explanation.rewritten + missed + dense
-    graphs = len(explanation.graphs)
+    graphs, caches = len(explanation.graphs), len(explanation.caches)
     kept = f", {dense} dense as asked" if dense else ""
     return (
         f"{total} attention site{'s' * (total != 1)}: {explanation.rewritten} rewritten, {missed} not{kept}; "
+        f"{f'{caches} KV caches; ' if caches else ''}"
         f"{graphs} graph{'s' * (graphs != 1)}, {len(explanation.breaks)} break{'s' * (len(explanation.breaks) != 1)}"
     )
 
@@ -369,6 +373,7 @@ def text(explanation: Explanation) -> str:
         )
         lines.extend(f"    {item}" for item in row.pays if item.decides)
         lines.extend(f"    not {item.policy}: {item.refusal}" for item in row.declined)
+    lines.extend(f"  {fold(places)}: {'  '.join(described(site))}" for site, places in alike(explanation.caches))
     lines.extend(
         f"  kept {place} ({brief(source) or 'no source'}): {reason}"
         for place, source, reason in explanation.not_rewritten

@@ -9,7 +9,7 @@ import pytest
 
 from effcompile.cli import checks
 from effcompile.cli.checks import Check
-from effcompile.compiler import all_passes, all_policies, catalog
+from effcompile.compiler import all_methods, all_passes, catalog
 from effcompile.core.options import Options
 from effcompile.targets import devices
 from tests.cli.command import run
@@ -97,7 +97,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("pass", "kernel", "policy")}
     assert kinds["pass"] == [item.name for item in all_passes(Options())]
     assert kinds["kernel"] == [item.name for item in (*catalog().exact, *catalog().sparse)]
-    assert kinds["policy"] == [item.name for item in all_policies()]
+    assert kinds["policy"] == [item.name for item in all_methods()]
     assert run(capsys, "passes", "sink-window", "--json").value["items"][0]["parameters"][-1] == "sinks=4"
     assert all(item["summary"].endswith(".") for item in items)
     one = run(capsys, "passes", "wrong-activation", "--pass", "tests.cli.samples:WrongActivation", "--json").value
