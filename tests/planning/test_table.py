@@ -25,6 +25,7 @@ TARGETS = {
     "amd-x86-64-avx512+bf16": Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9, vendor="amd")),
 }
 NOISE = 1.05
+BETWEEN_RUNS = 1.1  # where arms of a row come from two runs, and the machine's GEMM rate relates them
 # Documents, and how many positions are real, are data: a plan is made before they are known, for a share that is assumed.
 DATA = ("padding", "causal-padding", "documents")
 STORED = {(name, document["machine"]): document for name, document in tables(TABLES, RESULTS)}
@@ -59,6 +60,11 @@ def site_of(at: dict[str, Any], idiom: str) -> AttentionSite:
     )
 
 
+def seconds_of(arm: dict[str, Any], row: dict[str, Any]) -> float:
+    """Return an arm's time; that of an arm added later is scaled by how fast the machine's GEMM was then and in the row's run."""
+    return float(arm["seconds"]["median"]) * arm["gflops"] / arm["share_of_gemm"] / float(row["gemm_gflops"])
+
+
 @pytest.mark.parametrize(("name", "machine"), STORED)
 def test_a_table_is_of_one_family(name: str, machine: str) -> None:
     assert family(TARGETS[machine].device) == machine
@@ -76,7 +82,8 @@ def test_the_chosen_kernel_is_as_fast_as_any(machine: str, mask: str, idiom: str
         if (at["mask"], at["dtype"]) != (mask, dtype):
             continue
         site = site_of(at, idiom)
-        seconds = {name: arm["seconds"]["median"] for name, arm in row["arms"].items() if "seconds" in arm}
+        seconds = {name: seconds_of(arm, row) for name, arm in row["arms"].items() if "seconds" in arm}
+        noise = BETWEEN_RUNS if any("run" in arm for arm in row["arms"].values()) else NOISE
         known = {
             kernel.name: seconds[kernel.name]
             for kernel in all_kernels()
@@ -95,7 +102,7 @@ def test_the_chosen_kernel_is_as_fast_as_any(machine: str, mask: str, idiom: str
         wrong += [
             f"{row['id']}: {choice.policy} is slower than {name}: {known}"
             for name, limit in limits.items()
-            if known[choice.policy] > NOISE * limit
+            if known[choice.policy] > noise * limit
         ]
     assert seen >= 6
     assert not wrong, "\n".join(wrong)
