@@ -75,6 +75,7 @@ def _compiler() -> Check:
 def _hardware() -> Iterable[Check]:
     import torch
 
+    from effcompile.lowering.rates import family, rates_of
     from effcompile.targets.detect import detect
 
     cpu = detect("cpu").device
@@ -82,6 +83,15 @@ def _hardware() -> Iterable[Check]:
         "cpu",
         "ok",
         f"{cpu.compute}, {cpu.cores} cores, {cpu.memory_bytes / 1e9:.0f} GB, {torch.get_num_threads()} torch threads",
+    )
+    rates = rates_of(cpu)
+    yield Check(
+        "kernel rates",
+        "missing" if rates is None else "ok",
+        f"none of {family(cpu)}: kernels are chosen by a cost model, linear layers stay with torch"
+        if rates is None
+        else f"measured: {rates.about}",
+        "in a checkout: eff bench attention-table linear-table && eff bench --install" if rates is None else "",
     )
     if not torch.cuda.is_available():
         yield Check("gpu", "missing", "torch sees none; explain and plan work for every target without one")

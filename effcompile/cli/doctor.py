@@ -11,7 +11,7 @@ from effcompile.cli.checks import Check, abilities, all_checks
 from effcompile.cli.console import bad, dim, good, print_json, progress, stdout, table
 
 Smoke = Annotated[
-    bool, typer.Option("--compile", help="Also compile and run a small function, to see that the compiler works.")
+    bool, typer.Option("--compile", help="Also compile and run a small function, and build our C++ kernels, to see that the compiler works.")
 ]
 
 _COLORS = {"ok": good, "missing": dim, "warn": bad, "broken": bad}
@@ -23,7 +23,7 @@ def doctor(smoke: Smoke = False, as_json: given.AsJson = False) -> int:
     Exit code 1 where something is broken; what is merely not installed does not count.
     """
     with progress("looking", quiet=as_json):
-        checks = [*all_checks(), *([_smoke()] if smoke else [])]
+        checks = [*all_checks(), *([_smoke(), _kernels()] if smoke else [])]
         able = abilities()
     broken = [check for check in checks if check.state == "broken"]
     if as_json:
@@ -73,3 +73,19 @@ def _smoke() -> Check:
     return Check(
         "compile", "ok" if gap < 1e-5 else "broken", f"a small function compiled and ran, difference to eager {gap:.1e}"
     )
+
+
+def _kernels() -> Check:
+    """Build every C++ source of ours; without one its ops are right, but slower."""
+    import warnings
+
+    from effcompile.ops import native
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        failed = [source for source in native.KERNELS if native.library(source) is None]
+    if not failed:
+        return Check("C++ kernels", "ok", f"{', '.join(native.KERNELS)} built")
+    reasons = [str(item.message) for item in caught if "could not be compiled" in str(item.message)]
+    text = reasons[0] if reasons else "no vector instructions found, or no compiler"
+    return Check("C++ kernels", "warn", f"without {', '.join(failed)}: {text}", "eff cache verify --fix")

@@ -31,6 +31,7 @@ def test_doctor_tells_everything(
         "triton",
         "compiler",
         "cpu",
+        "kernel rates",
         "gpu",
         "[hf]",
         "[onnx]",
