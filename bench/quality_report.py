@@ -14,13 +14,17 @@ PICTURE = "sparse_attention.png"
 _COLORS = ("#2f6fd6", "#e0a03c", "#5f9e6e", "#b0548c", "#7a6fd0", "#c4573d", "#3c9aa8", "#8a94a6")
 
 
+_TITLES = {"text": "Text", "pass-key": "Pass key", "decode": "Decode"}
+
+
 def markdown(document: Mapping[str, Any]) -> str:
     """Return a table for each row of the document, quality and speed side by side."""
     parts = [f"![speed against perplexity]({PICTURE})", document["about"]]
     for row in document["rows"]:
-        made = _texts(row) if row["parameters"]["form"] == "text" else _pass_keys(row)
+        form = row["parameters"]["form"]
+        made = {"text": _texts, "pass-key": _pass_keys, "decode": _steps}[form](row)
         size = f"{row['parameters']['length']:,} tokens, {row['parameters']['dtype']}"
-        parts.append(f"### {'Text' if row['parameters']['form'] == 'text' else 'Pass key'}, {size}\n\n{made}")
+        parts.append(f"### {_TITLES[form]}, {size}\n\n{made}")
     parts.append(
         "\n".join(f"measured: {text}  " for text in dict.fromkeys(machine(m) for m in document["runs"].values()))
     )
@@ -77,12 +81,38 @@ def _against(value: float, base: float, name: str) -> str:
 
 
 def _pass_keys(row: Mapping[str, Any]) -> str:
+    tried = row.get("dense_found", {})
+    parts = [f"{found} of {tries} at {int(length):,}" for length, (found, tries) in tried.items()]
+    found_by = f"The dense model found {', '.join(parts)} tokens; a length is left as soon as too many are missed.\n\n"
+    return (found_by if tried else "") + _pass_key_table(row)
+
+
+def _pass_key_table(row: Mapping[str, Any]) -> str:
     lines = ["| policy | found | run |", "| --- | ---: | ---: |"]
     for arm in row["arms"].values():
         if "pass_key" in arm:
             found = arm["pass_key"]
             seconds = arm["seconds"]["median"]
             lines.append(f"| `{arm['policy'] or DENSE}` | {found['found']} of {found['tries']} | {seconds:.2f} s |")
+    return "\n".join(lines)
+
+
+def _steps(row: Mapping[str, Any]) -> str:
+    names = sorted({text for arm in row["arms"].values() for text in arm.get("quality", {})})
+    heads = [f"{text}: {what}" for text in names for what in ("perplexity", "KL", "top-1")]
+    lines = ["| policy | step | speed | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (2 + len(heads))]
+    speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == DENSE}
+    dense = row["arms"][DENSE]["quality"]
+    for name, arm in row["arms"].items():
+        if "seconds" not in arm:
+            continue
+        ratio = f"{speed[name]:.2f}x" if name in speed else "1.00x"
+        cells = [f"`{arm['policy'] or DENSE}`", f"{1e3 * arm['seconds']['median']:.1f} ms", ratio]
+        for text in names:
+            got = arm["quality"][text]
+            cells.append(_against(got["perplexity"], dense[text]["perplexity"], name))
+            cells += [f"{got['kl']:.4f}", f"{100 * got['top1']:.1f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

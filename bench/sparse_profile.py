@@ -55,7 +55,8 @@ class Profile:
 def profile(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: str) -> Profile:
     """Run the model's rewritten graphs on the inputs of one call; layers are not outlined, so that each site is seen."""
     result = Profile()
-    options = Options.parse({"attention": policy, "disable": "outline-layers", "strict": True}, None)
+    asked = {"attention": policy, "require": {"attention": 0}, "disable": "outline-layers", "strict": True}
+    options = Options.parse(asked, None)
     ops.register()
     with torch.no_grad():
         seen = observe(real(model, args, kwargs), dynamic=False, keep_inputs=True)

@@ -13,22 +13,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bench import decode_quality, pass_keys
 from bench.case import Case as BaseCase
 from bench.case import Row, Settings, Watch, grid
 from bench.clocks import Timer, timer_for
+from bench.decode_quality import STEPS
 from bench.model_case import DTYPES
 from bench.peers import release
-from bench.quality import Found, Score, hunts
+from bench.quality import Score
 from bench.rounds import SETTLE
 from bench.sparse_profile import profile
 from bench.stats import Spread, ratios
-from bench.workload import primary
+from bench.workload import Function, primary
 from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
 from effcompile.models.text import austen_text, pydoc_text, token_windows
 
 DENSE = "dense"
-FORMS = ("text", "pass-key")
+FORMS = ("text", "pass-key", "decode")
 TRIES = 20
 SETTINGS: Mapping[str, str] = {
     "sliding-1024": "sliding-window{window=1024}",
@@ -43,6 +45,13 @@ SETTINGS: Mapping[str, str] = {
     "zipvl-0.97": "zipvl{mass=0.97}",
 }
 """What is swept, by the name of its arm."""
+DECODE: Mapping[str, str] = {
+    "quest-512": "quest{budget=512}",
+    "quest-1024": "quest{budget=1024}",
+    "step-topk-512": "block-topk{budget=512}",
+    "step-topk-1024": "block-topk{budget=1024}",
+}
+"""What is swept in the form `decode`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ class SparseQuality(BaseCase):
     about: ClassVar[str] = (
         "text: each round is one window, of Python's documentation and of Jane Austen in turn; every arm reads it and is timed, "
         "and its logits are compared with those of the dense arm (eff, exact). tail_perplexity is that of the last 1,024 "
-        "positions. pass-key: 5 digits hidden in Austen at evenly spread depths; found when greedy decoding prints them. "
+        "positions. pass-key: 5 digits hidden in Austen at evenly spread depths; found when greedy decoding prints them; the "
+        "length is the longest at which the dense arm finds 80 %, unless --lengths gives one. decode: the 64 tokens after a prompt "
+        "that the dense model read, fed one by one; a round is one window, seconds are those of a step. "
         "density and selector shares come from an eager run of the rewritten graph on the first window."
     )
     headline: ClassVar[bool] = False
@@ -64,15 +75,27 @@ class SparseQuality(BaseCase):
     lengths: tuple[int, ...] = (4096,)
     dtypes: tuple[str, ...] = ("float32",)
     tries: int = TRIES
+    key_lengths: tuple[int, ...] = (512, 1024, 1536, 2048, 3072, 4096, 8192)
+    """Lengths among which the longest one is looked for at which the dense model finds pass keys."""
+    steps: int = STEPS
     policies: Mapping[str, str] = field(default_factory=lambda: SETTINGS)
+    decoding: Mapping[str, str] = field(default_factory=lambda: DECODE)
 
     def arms(self, device: str) -> tuple[str, ...]:
-        """Return the dense arm and every policy."""
-        return (DENSE, *self.policies)
+        """Return the dense arm and every policy; those for decode take part in the form `decode` alone."""
+        return (DENSE, *self.policies, *self.decoding)
 
     def rows(self, settings: Settings) -> Sequence[Row]:
-        """Return length x form x dtype."""
-        return grid(settings, (256,) if settings.quick else self.lengths, FORMS, self.dtypes)
+        """Return length x form x dtype; the length of a pass key is looked for where none is asked for."""
+        rows = grid(settings, (256,) if settings.quick else self.lengths, FORMS, self.dtypes)
+        if settings.lengths or settings.quick:
+            return rows
+        return [
+            Row(f"pass-key-{row.parameters['dtype']}", {**row.parameters, "length": 0})
+            if row.parameters["form"] == "pass-key"
+            else row
+            for row in rows
+        ]
 
     def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
         """Measure one row in this process."""
@@ -80,26 +103,36 @@ class SparseQuality(BaseCase):
         release()
         load = [os.getloadavg()[0]]
         loaded = zoo.load(self.model, dtype=DTYPES[str(row.parameters["dtype"])])
-        names = self.chosen_arms(settings)
-        names = (DENSE, *(name for name in names if name != DENSE))
-        length = int(row.parameters["length"])
-        with torch.no_grad(), _many_graphs(len(names)):
-            calls = {name: _call(loaded, self.policies.get(name, "")) for name in names}
-            if row.parameters["form"] == "text":
-                arms, spreads = self._text(loaded, calls, length, settings, watch)
+        form, length = str(row.parameters["form"]), int(row.parameters["length"])
+        policies = self.decoding if form == "decode" else self.policies
+        names = (DENSE, *(name for name in self.chosen_arms(settings) if name in policies))
+        more: dict[str, Any] = {}
+        with torch.no_grad(), _many_graphs(2 * len(names) + len(self.key_lengths)):
+            functions = {name: _function(loaded, policies.get(name, "")) for name in names}
+            if form == "text":
+                arms, spreads = self._text(loaded, {n: _call(f) for n, f in functions.items()}, length, settings, watch)
+            elif form == "decode":
+                steps = 4 if settings.quick else self.steps
+                windows = _windows(loaded, length + steps, settings.rounds)
+                arms, spreads = decode_quality.measure(loaded, functions, windows, length, watch)
             else:
                 tries = 3 if settings.quick else self.tries
-                arms, spreads = _pass_keys(loaded, calls, length, tries, watch)
+                calls = {name: _call(function) for name, function in functions.items()}
+                if not length:
+                    found = pass_keys.longest(loaded, calls[DENSE], self.key_lengths, tries, watch)
+                    length, more = found.length, {"dense_found": {str(n): list(x) for n, x in found.tried.items()}}
+                arms, spreads = pass_keys.measure(loaded, calls, length, tries, watch)
         release()
         load.append(os.getloadavg()[0])
         return [
             {
                 "id": row.id,
-                "parameters": dict(row.parameters),
+                "parameters": {**row.parameters, "length": length},
+                **more,
                 "rounds": settings.rounds,
                 "warmup": 1,
                 "load": [round(value, 2) for value in load],
-                "arms": {name: {"policy": self.policies.get(name, ""), **arms[name]} for name in names},
+                "arms": {name: {"policy": policies.get(name, ""), **arms[name]} for name in names},
                 "ratios": ratios(spreads, (DENSE,), ()),
             }
         ]
@@ -136,13 +169,19 @@ class SparseQuality(BaseCase):
         return arms, spreads
 
 
-_Call = Callable[[Tensor], Tensor]
+_Call = Callable[..., Tensor]
 
 
-def _call(loaded: ZooModel, policy: str) -> _Call:
-    options: dict[str, Any] = {"strict": True} | ({"attention": policy} if policy else {})
-    compiled = torch.compile(loaded.model, backend="eff", options=options, dynamic=False)
-    return lambda ids: primary(compiled(ids, use_cache=False))
+def _function(loaded: ZooModel, policy: str) -> Function:
+    # Quality is measured also at lengths at which a policy does not pay.
+    asked = {"attention": policy, "require": {"attention": 0}} if policy else {}
+    options: dict[str, Any] = {"strict": True, **asked}
+    compiled: Function = torch.compile(loaded.model, backend="eff", options=options, dynamic=False)
+    return compiled
+
+
+def _call(function: Function) -> _Call:
+    return lambda ids, **options: primary(function(ids, use_cache=False, **options))
 
 
 def _windows(loaded: ZooModel, length: int, rounds: int) -> Iterator[tuple[str, Tensor]]:
@@ -154,25 +193,6 @@ def _windows(loaded: ZooModel, length: int, rounds: int) -> Iterator[tuple[str, 
     for number in range(rounds):
         name = tuple(texts)[number % len(texts)]
         yield name, cut[name][number // len(texts)][None]
-
-
-def _pass_keys(
-    loaded: ZooModel, calls: Mapping[str, _Call], length: int, tries: int, watch: Watch
-) -> tuple[dict[str, dict[str, Any]], dict[str, Spread]]:
-    counts = {name: Found() for name in calls}
-    timer = timer_for("cpu")
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    prompts = list(hunts(loaded.tokenizer, austen_text(), length, tries))
-    for name, call in calls.items():
-        watch.say(f"compiling {name}")
-        call(prompts[0].ids)
-    for hunt in prompts:
-        for name, call in calls.items():
-            counts[name].add(hunt, _timed(timer, call, hunt.ids, samples[name]))
-            watch.tick(name)
-    spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
-    arms = {name: {"seconds": spreads[name].to_json(), "pass_key": counts[name].to_json()} for name in calls}
-    return arms, spreads
 
 
 def _timed(timer: Timer, call: _Call, ids: Tensor, into: list[float]) -> Tensor:
@@ -199,7 +219,7 @@ def _many_graphs(count: int) -> Iterator[None]:
     """Let Dynamo keep a graph for each arm of the same code."""
     from torch._dynamo import config
 
-    # A second entry a policy is the profile's. Past the limit Dynamo runs eagerly, which would be timed as the policy.
-    limit = max(2 * count + 2, config.recompile_limit)
+    # Past the limit Dynamo runs eagerly, which would be timed as the policy. A second entry of a policy is the profile's.
+    limit = max(count + 2, config.recompile_limit)
     with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         yield
