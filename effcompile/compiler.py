@@ -27,6 +27,7 @@ from effcompile.core.site import AttentionSite, CacheSite, Missed, Refusal
 from effcompile.core.sizes import Size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.core.verify import verify
+from effcompile.lowering.attention.estimate import price_choice
 from effcompile.lowering.lower import lower
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
@@ -155,7 +156,8 @@ def _plan(
     def others(values: Mapping[str, int]) -> float:
         return sum(products(entry, target.device, values) for entry in program.entries)
 
-    given = Circumstances(target, kernels, training, sizes, others)
+    insist = frozenset(family for family, _ in options.require)
+    given = Circumstances(target, kernels, training, sizes, others, insist)
     asked = asked_policies(options)
     if options.plan is None:
         return make_plan(found.sites, found.missed, given, choices, policies=asked)
@@ -201,7 +203,7 @@ def _phase(passes: Sequence[Pass], phase: str) -> list[Pass]:
 def catalog() -> Kernels:
     """Return every kernel: those of raised attention, and those of the ops that policies insert."""
     found = discover.classes(SparseKernel, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
-    return Kernels(all_kernels(), tuple(cls() for cls in found))
+    return Kernels(all_kernels(), tuple(cls() for cls in found), price_choice)
 
 
 def all_policies() -> tuple[type[Policy], ...]:

@@ -105,7 +105,7 @@ def _explained(
         skeleton = strip(model, inputs, kwargs) if dry else skeletons.real(model, inputs, kwargs)  # type: ignore[arg-type]
         observation = observe(skeleton, dynamic=dynamic)
     traced = time.perf_counter()
-    explanation = describe(observation, skeleton.model, chosen, replace(asked, require=()))
+    explanation = describe(observation, skeleton.model, chosen, asked.insisting())
     rest = time.perf_counter() - traced - sum(seconds for _, seconds in explanation.seconds)
     return replace(
         explanation,

@@ -107,7 +107,7 @@ class Rates:
         return self.curves.get((kernel, dtype, form))
 
 
-def power_law(places: Sequence[int], values: Sequence[float], at: float) -> float:
+def power_law(places: Sequence[float], values: Sequence[float], at: float) -> float:
     """Interpolate linearly between the logarithms of both; outside take the nearest value."""
     if at <= places[0] or len(places) == 1:
         return values[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import table_case
 from bench.case import Case, Row, Settings, Watch
+from bench.sparse_arms import DENSITIES, SELECTORS, sparse_kernels
 from bench.table_case import Kernel, seeded
 from effcompile.core.expr import BATCH, BOOL, KEY, QUERY, TRUE, Expr, apply, axis, const, load
 from effcompile.core.expr_eval import evaluate, to_json
@@ -20,6 +21,7 @@ from effcompile.core.intervals import block_bounds
 from effcompile.ops.tiled import K_BLOCK, Q_BLOCK
 
 KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "tiled", "flex", "math")
+SPARSE = (*(f"blocks-{density}" for density in DENSITIES), *(f"choose-{name}" for name in SELECTORS))
 SQUARE = ("full", "causal", "window", "padding", "causal-padding", "documents")
 DECODE = ("decode", "decode-mask")
 MASKS = (*SQUARE, *DECODE)
@@ -37,7 +39,9 @@ class AttentionTable(Case):
     about: ClassVar[str] = (
         "GFLOP/s over the (query, key) pairs that a kernel visits (useful_gflops: over those the mask keeps). Batch "
         "2, 9 query and 3 key/value heads; window 256; half of the positions are padding on the left (3/4 and 1/4 "
-        "real); documents of S/4. decode is one query over S keys, decode-mask with 3/4 of them kept by a mask row."
+        "real); documents of S/4. decode is one query over S keys, decode-mask with 3/4 of them kept by a mask row. blocks-X is "
+        "the kernel of block maps on a random map with a share X of the blocks (128 x 128; in decode, pages of 16 keys); "
+        "choose-X is the selector of a policy with its default settings, and its flops are those of its products."
     )
     form_words: ClassVar[tuple[str, ...]] = MASKS
     lengths: tuple[int, ...] = (32, 128, 256, 512, 1024, 2048, 4096)
@@ -54,7 +58,7 @@ class AttentionTable(Case):
 
     def arms(self, device: str) -> tuple[str, ...]:
         """Return the kernels; the dense mask is the baseline."""
-        return KERNELS if device == "cpu" else ("dense", "sdpa", "sdpa-causal", "flex", "math")
+        return (*KERNELS, *SPARSE) if device == "cpu" else ("dense", "sdpa", "sdpa-causal", "flex", "math")
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return length x mask x dtype, and every head dimension at one length; `--forms` names masks."""
@@ -77,7 +81,8 @@ class AttentionTable(Case):
         ops.register()
         problem = Problem.of(row, settings.device, self.window)
         chosen = self.chosen_arms(settings)
-        kernels = {name: kernel for name, kernel in problem.kernels().items() if name in chosen}
+        known = problem.kernels() | (sparse_kernels(problem) if settings.device == "cpu" else {})
+        kernels = {name: kernel for name, kernel in known.items() if name in chosen}
         return [table_case.measure(row, kernels, settings, watch, useful_flops=problem.flops(problem.kept()))]
 
 

@@ -11,7 +11,11 @@ from effcompile.cli.checks import Check, abilities, all_checks
 from effcompile.cli.console import bad, dim, good, print_json, progress, stdout, table
 
 Smoke = Annotated[
-    bool, typer.Option("--compile", help="Also compile and run a small function, and build our C++ kernels, to see that the compiler works.")
+    bool,
+    typer.Option(
+        "--compile",
+        help="Also compile a small function and our C++ kernels, to see that the compiler works.",
+    ),
 ]
 
 _COLORS = {"ok": good, "missing": dim, "warn": bad, "broken": bad}

@@ -40,8 +40,9 @@ def explain(
     """
     sizes, kind = given.parse_shape(shape), given.parse_dtype(dtype)
     options = given.parse_options(option, require, passes, attention)
-    contract = Options.parse(options).require
-    options.pop("require", None)
+    asked = Options.parse(options)
+    contract = asked.require
+    options["require"] = dict(asked.insisting().require)
     with progress("tracing", quiet=as_json):
         loaded = load_model(model, sizes, kind, real=real)
         found = explained(loaded, target, options, dynamic, real, command_line(context.obj))

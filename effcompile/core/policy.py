@@ -8,14 +8,14 @@ a file: a folder is the registry.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch import fx
 
 from effcompile.core.errors import EffError, unknown
-from effcompile.core.kernel import AttentionKernel, SparseKernel
+from effcompile.core.kernel import AttentionKernel, SparseKernel, Supported
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.spec import build, spell, split
 from effcompile.core.target import Target
@@ -49,10 +49,14 @@ Proposal = Estimate | Refusal
 
 @dataclass(frozen=True)
 class Kernels:
-    """Hold the catalog that a policy may ask: kernels of raised attention, and of the ops that policies insert."""
+    """Hold the catalog that a policy may ask: kernels of raised attention, and of the ops that policies insert.
+
+    `choosing(policy, site, target, flops)` is the measured time of a policy's selector, or None.
+    """
 
     exact: tuple[AttentionKernel, ...] = ()
     sparse: tuple[SparseKernel, ...] = ()
+    choosing: Callable[[str, AttentionSite, Target, float], Supported | None] = lambda *given: None
 
     def of(self, op: str) -> tuple[SparseKernel, ...]:
         """Return the kernels that lower one op, by its name (`eff::attention_blocks_v1`)."""
@@ -82,11 +86,13 @@ class Policy(Method):
 
     `op` names the raised op that `apply` leaves behind: `eff::attention_v1` with a narrower mask, which exact kernels run, or an op
     of its own, which the kernels of `Kernels.of(op)` run; `inside` the raised ops that it can rewrite, so that policies of two
-    families go together. `differentiable` says that gradients flow through what it inserts.
+    families go together. `differentiable` says that gradients flow through what it inserts, `chooses` that it reads data to decide,
+    which can take longer than what it saves.
     """
 
     op: ClassVar[str] = RAISED
     inside: ClassVar[tuple[str, ...]] = (RAISED,)
+    chooses: ClassVar[bool] = False
 
     @abstractmethod
     def propose(self, site: AttentionSite, target: Target, kernels: Kernels) -> Proposal:

@@ -13,6 +13,7 @@ from effcompile.core.policy import DENSE_LAYER, RAISED, SITE_FAMILIES, Kernels, 
 from effcompile.core.site import AttentionSite, Missed, Refusal, shared
 from effcompile.core.sizes import Size
 from effcompile.core.target import Target
+from effcompile.planning.paying import symbolic_note, unpaid
 from effcompile.planning.ranges import Decision, Group, Kind, Priced, decide
 
 KERNEL = "attention-kernel"
@@ -33,7 +34,8 @@ class Circumstances:
     """Hold what prices depend on besides the site.
 
     With `training`, only kernels and policies through which gradients flow are asked. `sizes` are the graph's symbolic
-    sizes, `others` the seconds of the rest of the graph at given values of them.
+    sizes, `others` the seconds of the rest of the graph at given values of them. Policies of the families in `insist`
+    run also where they do not pay.
     """
 
     target: Target
@@ -41,6 +43,7 @@ class Circumstances:
     training: bool = False
     sizes: Mapping[str, Size] = field(default_factory=dict)
     others: Callable[[Mapping[str, int]], float] = lambda values: 0.0
+    insist: frozenset[str] = frozenset()
 
 
 def make_plan(
@@ -55,16 +58,20 @@ def make_plan(
     choices: list[Choice] = []
     declined: list[Decline] = []
     kinds: dict[str, Kind] = {}
+    known: dict[tuple[Policy, AttentionSite], Refusal | str] = {}
     for site in sites:
         taken: tuple[Policy, ...] = ()
         density, seen = 1.0, site
         for policy in policies:
             proposal = propose(policy, seen, given, left_by(taken))
+            paying = _paying(policy, proposal, seen, given, known)
+            if isinstance(paying, Refusal):
+                proposal, paying = paying, ""
             if isinstance(proposal, Refusal):
                 declined.append(Decline(site.id, policy.family, policy.spelled, proposal, site.source))
                 continue
             taken = (*taken, policy.settled())
-            reason = policy.told(proposal, seen)
+            reason = policy.told(proposal, seen) + paying
             density, seen = density * proposal.density, policy.narrowed(seen)
             choices.append(Choice(site.id, policy.family, taken[-1].spelled, reason, proposal.seconds, proposal.tag))
         kinds[site.id] = kind_of(site, taken, density)
@@ -87,6 +94,22 @@ def make_plan(
         notes=(f"attention: {note}",) if note else (),
         split=split,
     )
+
+
+def _paying(
+    policy: Policy,
+    proposal: Proposal,
+    site: AttentionSite,
+    given: Circumstances,
+    known: dict[tuple[Policy, AttentionSite], Refusal | str],
+) -> Refusal | str:
+    """Return why a proposal would slow the site down, or what there is to say of its length; equal sites are asked once."""
+    if isinstance(proposal, Refusal) or policy.family in given.insist:
+        return ""
+    key = (policy, shared(site))
+    if key not in known:
+        known[key] = unpaid(policy, proposal, site, given) or symbolic_note(policy, site, given)
+    return known[key]
 
 
 def propose(policy: Policy, site: AttentionSite, given: Circumstances, op: str = RAISED) -> Proposal:

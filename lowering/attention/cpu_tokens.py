@@ -28,7 +28,7 @@ class CpuTokens(SparseKernel):
             return refusal
         if target.device.kind != "cpu":
             return Refusal("EFF-A205", "tokens are gathered on the host")
-        return estimate.price("blocks", site, target, density * estimate.density(site, (128, 128)))
+        return estimate.price_blocks(site, target, density)
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Leave the op, which is its own kernel."""

@@ -13,7 +13,7 @@ from effcompile.core.kernel import Supported
 from effcompile.core.mask import Mask, causal_offset, document_slot, key_padding_slot, window_left
 from effcompile.core.site import AttentionSite
 from effcompile.core.target import Target
-from effcompile.lowering.rates import Curve, Rates, nearest_rates, rates_of
+from effcompile.lowering.rates import Curve, Rates, nearest_rates, power_law, rates_of
 
 # Where nothing was measured (GPUs, and kernels that the table lacks): the share of the GEMM rate in float32 and in half precision.
 _RATE = {
@@ -34,6 +34,7 @@ _CALL = {
     "tiled": 2e-4,
     "flex": 3e-5,
     "blocks": 5e-4,
+    "pages": 2e-4,
     "math": 6e-5,
 }  # seconds a call costs apart from its work
 _OTHER = 1e-5
@@ -54,22 +55,70 @@ def seconds(kind: str, site: AttentionSite, target: Target, share: float) -> flo
 
 def price(kind: str, site: AttentionSite, target: Target, share: float) -> Supported:
     """Return the time of one call that visits a `share` of all pairs, measured where the table covers the site."""
-    pairs = extent(site.batch) * extent(site.heads) * extent(site.q_len) * extent(site.kv_len)
-    flops = 2.0 * pairs * (site.head_dim + site.value_dim) * share
-    peak = target.device.peak(site.dtype if target.device.supports(site.dtype) else "float32")
-    mine = rates_of(target.device)
-    stand_in = nearest_rates(target.device)
-    dtype = _NEAREST.get(site.dtype, site.dtype)
-    found = None if stand_in is None else _curve(stand_in, kind, dtype, site)
-    if stand_in is None or found is None:
+    found = _measured(kind, site, target, _flops(site, share))
+    if found is None:
         half = site.dtype in ("bfloat16", "float16")
-        return Supported(flops / (peak * _RATE[kind][half]) + _CALL.get(kind, _OTHER))
+        return Supported(_flops(site, share) / (_peak(site, target) * _RATE[kind][half]) + _CALL.get(kind, _OTHER))
+    return found
+
+
+def price_blocks(site: AttentionSite, target: Target, kept: float) -> Supported:
+    """Return the time of the kernel of block maps that keep a share of the pairs that the mask keeps.
+
+    The table holds the kernel at some densities (`blocks-0.1`); between them the time is a power law of the density.
+    """
+    share = kept * density(site, (128, 128))
+    rates = nearest_rates(target.device)
+    names = {
+        float(name.partition("-")[2]): name
+        for name, *_ in (rates.curves if rates else ())
+        if name.startswith("blocks-")
+    }
+    found = {at: _measured(name, site, target, _flops(site, share)) for at, name in sorted(names.items())}
+    known = {at: answer for at, answer in found.items() if answer is not None}
+    if not known and site.q_len == 1:
+        # It reads what it visits, as dense attention over so many keys does.
+        return Supported(_CALL["pages"] + price("dense", site, target, share).seconds)
+    if not known:
+        return price("blocks", site, target, share)
+    lower = max((at for at in known if at <= kept), default=min(known))
+    upper = min((at for at in known if at >= kept), default=max(known))
+    seconds = power_law(
+        (lower, upper) if lower < upper else (lower,), (known[lower].seconds, known[upper].seconds), kept
+    )
+    inside = min(known) <= kept <= max(known) and known[lower].tag == known[upper].tag == "measured"
+    if not inside:
+        return Supported(seconds)
+    return Supported(seconds, "measured", max(known[at].error or 0.0 for at in (lower, upper)))
+
+
+def price_choice(policy: str, site: AttentionSite, target: Target, flops: float) -> Supported | None:
+    """Return the time in which a policy's selector makes a map, whose products are `flops`; None where it was never measured."""
+    return _measured(f"choose-{policy}", site, target, flops)
+
+
+def _flops(site: AttentionSite, share: float) -> float:
+    pairs = extent(site.batch) * extent(site.heads) * extent(site.q_len) * extent(site.kv_len)
+    return 2.0 * pairs * (site.head_dim + site.value_dim) * share
+
+
+def _peak(site: AttentionSite, target: Target) -> float:
+    return target.device.peak(site.dtype if target.device.supports(site.dtype) else "float32")
+
+
+def _measured(kind: str, site: AttentionSite, target: Target, flops: float) -> Supported | None:
+    """Return the time of `flops` by the curve of a kernel, which is measured where it is this CPU's and covers the site."""
+    rates = nearest_rates(target.device)
+    dtype = _NEAREST.get(site.dtype, site.dtype)
+    found = None if rates is None else _curve(rates, kind, dtype, site)
+    if rates is None or found is None:
+        return None
     curve, exact = found
     length = min(extent(site.q_len), extent(site.kv_len)) if extent(site.q_len) > 1 else extent(site.kv_len)
-    rate = peak * stand_in.gemm[dtype] * curve.share(length, site.head_dim)
+    rate = _peak(site, target) * rates.gemm[dtype] * curve.share(length, site.head_dim)
     time = curve.call + flops / rate
-    known = mine is not None and exact and dtype == site.dtype and curve.covers(length, site.head_dim)
-    if known and _measurable(site):
+    mine = rates_of(target.device) is not None
+    if mine and exact and dtype == site.dtype and curve.covers(length, site.head_dim) and _measurable(site):
         return Supported(time, "measured", curve.error)
     return Supported(time)
 

@@ -23,6 +23,8 @@ from effcompile.passes.attention.pattern import AttentionPattern
 
 GEMM = 0.4
 """Assume this share of a device's peak for the products of a selector: they are small."""
+_CALL = 3e-4
+"""Seconds of a selector apart from its work, where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DynamicPattern(AttentionPattern):
     """
 
     op: ClassVar[str] = "eff::attention_blocks_v1"
+    chooses: ClassVar[bool] = True
     phase: ClassVar[str] = "prefill"
     """Name what the pattern serves: `prefill` (many queries), `decode` (one query), or `both`."""
     ordered: ClassVar[bool] = False
@@ -80,7 +83,9 @@ class DynamicPattern(AttentionPattern):
         if not able:
             return _why_not(found, target)
         best = min(able, key=lambda answer: answer.seconds)
-        return Estimate(best.seconds + self._selecting(site, target), density, best.tag)
+        choice = self._selecting(site, target, kernels)
+        tag = "measured" if best.tag == choice.tag == "measured" else "modelled"
+        return Estimate(best.seconds + choice.seconds, density, tag)
 
     def _phase(self, site: AttentionSite) -> Refusal | None:
         if self.phase == "prefill" and site.q_len == 1:
@@ -91,13 +96,24 @@ class DynamicPattern(AttentionPattern):
             )
         return None
 
-    def _selecting(self, site: AttentionSite, target: Target) -> float:
-        """Return the seconds of the selector: its products, and q and k read once."""
+    def _selecting(self, site: AttentionSite, target: Target, kernels: Kernels) -> Supported:
+        """Return the time of the selector: measured, or its products, and q and k read once.
+
+        In decode that is half of what the fastest exact kernel reads.
+        """
+        known = kernels.choosing(self.name, site, target, self.search(site))
+        if known is not None:
+            return known
+        whole = [
+            answer.seconds for kernel in kernels.exact if isinstance(answer := kernel.supports(site, target), Supported)
+        ]
+        if site.q_len == 1 and whole:
+            return Supported(_CALL + min(whole) / 2)
         device = target.device
         dtype = site.dtype if device.supports(site.dtype) else "float32"
         vectors = extent(site.heads) * extent(site.q_len) + extent(site.kv_heads) * extent(site.kv_len)
         moved = extent(site.batch) * vectors * site.head_dim * element_bytes(site.dtype)
-        return self.search(site) / (GEMM * device.peak(dtype)) + moved / device.memory_bandwidth
+        return Supported(_CALL + self.search(site) / (GEMM * device.peak(dtype)) + moved / device.memory_bandwidth)
 
     def apply(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the selector and attention over its map, under the site's own predicate."""

@@ -92,7 +92,9 @@ def test_steps_of_decode_share_a_graph(policy: str) -> None:
 @torch.no_grad()
 def test_the_plan_holds_the_parameters_of_each_layer(tmp_path: Path) -> None:
     model, x, file = Windowed(), text(150), tmp_path / "plan.json"
-    plan = eff.explain(model, x, options={"attention": "block-topk{density=0.3,block=16}"}).plan
+    plan = eff.explain(
+        model, x, options={"attention": "block-topk{density=0.3,block=16}", "require": {"attention": 0}}
+    ).plan
     raw = json.loads(plan.to_json())
     chosen = [c for c in raw["graphs"][0]["choices"] if c["family"] == "attention"]
     assert [c["policy"] for c in chosen] == ["block-topk{dense_layers=0,density=0.3,block=16}"] * 2, "layer 0 is dense"
