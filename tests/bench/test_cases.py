@@ -31,6 +31,7 @@ NAMES = {
     "dinov2",
     "dit",
     "gpu-attention",
+    "kv-decode",
     "linear-table",
     "minilm",
     "peak-memory",

@@ -1,0 +1,127 @@
+"""Fill KV caches of every kind with the same tokens, and set them back to that between measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effcompile as eff
+from bench.workload import primary
+
+FORMATS: Mapping[str, str] = {
+    "int8": "int8-per-token",
+    "kivi-4": "kivi{bits=4,group=32,residual=128}",
+    "kivi-2": "kivi{bits=2,group=32,residual=128}",
+}
+"""What is measured, by the name of its arm."""
+PEERS = ("static-inductor", "static-eff", "quantized-quanto", "quantized-hqq", "dynamic")
+Past = list[tuple[Tensor, Tensor]]
+"""Keys and values `[1, Hkv, S, D]` of every layer."""
+
+
+@dataclass(frozen=True)
+class CacheArm:
+    """Hold a way to decode: `call` takes token ids `[1, n]` and returns their logits `[1, n, V]`.
+
+    `rewind` sets the cache back to the prompt; `nbytes` counts the bytes that it holds now.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    rewind: Callable[[], None]
+    nbytes: Callable[[], int]
+
+
+def prefill(model: Any, ids: Tensor) -> Past:
+    """Run the unmodified model over a prompt and return its keys and values."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def make_arm(name: str, plain: Any, prepared: Any, past: Past, capacity: int) -> CacheArm:
+    """Return an arm whose cache holds `past` and has place for `capacity` tokens.
+
+    `plain` and `prepared` are two copies of one model, the second one prepared for compressed caches.
+
+    Raises:
+        ImportError: for a quantized cache of transformers whose package is not installed.
+    """
+    if name in FORMATS:
+        cache: Any = eff.kv_cache(prepared, FORMATS[name], capacity=capacity, batch=1)
+        for layer, (k, v) in zip(cache.packed, past):
+            layer.append(k, v)
+        states = [layer.state for layer in cache.packed]
+        kept = [{part: tensor.clone() for part, tensor in state.items()} for state in states]
+
+        def rewind() -> None:
+            for state, saved in zip(states, kept):
+                for part, tensor in saved.items():
+                    state[part].copy_(tensor)
+
+        return CacheArm(_stepper(_compiled(prepared, "eff"), cache), rewind, cache.nbytes)
+    cache = _own_cache(name, plain, capacity)
+    for number, (k, v) in enumerate(past):
+        cache.update(k, v, number)
+    function = plain if "-" not in name or "quantized" in name else _compiled(plain, name.partition("-")[2])
+    # What a layer holds is replaced by the next update, or counted by a tensor.
+    held = [
+        {key: value.clone() if key == "cumulative_length" else value for key, value in vars(layer).items()}
+        for layer in cache.layers
+    ]
+
+    def reset() -> None:
+        for layer, saved in zip(cache.layers, held):
+            for key, value in saved.items():
+                if key == "cumulative_length" and isinstance(value, Tensor):
+                    layer.cumulative_length.copy_(value)
+                else:
+                    setattr(layer, key, value)
+
+    return CacheArm(_stepper(function, cache), reset, lambda: sum(_bytes(vars(layer)) for layer in cache.layers))
+
+
+def _own_cache(name: str, model: Any, capacity: int) -> Any:
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    kind, _, backend = name.partition("-")
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=capacity)
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return QuantizedCache(backend, model.config, nbits=4, q_group_size=32, residual_length=128, **_AXES[backend])
+
+
+_AXES = {"quanto": {"axis_key": 0, "axis_value": 0}, "hqq": {"axis_key": 1, "axis_value": 1}}
+"""Both backends' own choice of axis where they offer one."""
+
+
+def _compiled(model: Any, backend: str) -> Callable[..., Any]:
+    options: dict[str, Any] = {"strict": True} if backend == "eff" else {}
+    found: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False, options=options or None)
+    return found
+
+
+def _stepper(function: Callable[..., Any], cache: Any) -> Callable[[Tensor], Tensor]:
+    def call(ids: Tensor) -> Tensor:
+        logits: Tensor = primary(function(ids, past_key_values=cache, use_cache=True))
+        return logits
+
+    return call
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of all tensors inside a value, of packed tensors those that they are made of."""
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__") and type(value) is not Tensor:
+            names, _ = value.__tensor_flatten__()
+            return sum(_bytes(getattr(value, name)) for name in names)
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_bytes(item) for item in value.values())
+    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0

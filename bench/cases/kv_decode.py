@@ -1,0 +1,236 @@
+"""Measure decoding with compressed KV caches: seconds a token, bytes, and what the model says, against its own cache."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import effcompile as eff
+from bench.cache_arms import FORMATS, PEERS, CacheArm, make_arm, prefill
+from bench.case import Case as BaseCase
+from bench.case import Row, Settings, Watch, grid
+from bench.clocks import timer_for
+from bench.manifest import scrub
+from bench.model_case import DTYPES
+from bench.peers import release
+from bench.quality import Score
+from bench.rounds import interleave
+from bench.stats import Spread, ratios
+from effcompile.models import zoo
+from effcompile.models.entry import ZooModel
+from effcompile.models.text import pydoc_text, token_windows
+
+FORMS = ("speed", "quality", "generate")
+BASE = "static-inductor"
+
+
+@dataclass(frozen=True)
+class KVDecode(BaseCase):
+    """Let all caches hold the same prompt, and continue from it."""
+
+    name: ClassVar[str] = "kv-decode"
+    title: ClassVar[str] = "SmolLM2-135M decode with compressed KV caches"
+    about: ClassVar[str] = (
+        "One prefill of real text by the unmodified model fills every cache. speed: the arms take turns at one-token steps up to "
+        "`length` tokens; seconds are per token. quality: each arm continues a prompt of a quarter of `length` with the true text, "
+        "token by token, and its logits are compared with those of the model's own cache (dynamic, eager). generate: greedy tokens "
+        "of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's tensors at the end; "
+        "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
+        "groups of 32, residual 128, eager."
+    )
+    unit: ClassVar[str] = "token"
+    headline: ClassVar[bool] = False
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    form_words: ClassVar[tuple[str, ...]] = FORMS
+    model: str = "smollm2-135m"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    steps: int = 16
+    prompts: int = 10
+    tokens: int = 128
+
+    def arms(self, device: str) -> tuple[str, ...]:
+        """Return StaticCache under both compilers, transformers' quantized cache, and every format."""
+        return (BASE, "static-eff", "quantized-quanto", *FORMATS)
+
+    def known_arms(self, device: str) -> tuple[str, ...]:
+        """Return the above, and transformers' other caches."""
+        return (*PEERS, *FORMATS)
+
+    def rows(self, settings: Settings) -> Sequence[Row]:
+        """Return length x form x dtype; a form has a length of its own unless lengths are asked for."""
+        own = {"speed": 8192, "quality": 1024, "generate": 64}
+        found = []
+        for form in FORMS:
+            length = 160 if settings.quick else own[form]
+            found += grid(settings, (length,), (form,), self.dtypes if form == "speed" else self.dtypes[:1])
+        return found
+
+    def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
+        """Measure one row in this process."""
+        torch.set_num_threads(settings.threads)
+        release()
+        load = [os.getloadavg()[0]]
+        dtype, form = DTYPES[str(row.parameters["dtype"])], str(row.parameters["form"])
+        watch.say("loading the model")
+        plain, prepared = (zoo.load(self.model, dtype=dtype) for _ in range(2))
+        eff.prepare(prepared.model, kv="int8-per-token")
+        names = self.chosen_arms(settings)
+        with torch.no_grad(), _many_graphs():
+            run = {"speed": self._speed, "quality": self._quality, "generate": self._generate}[form]
+            arms, spreads = run(plain, prepared.model, names, int(row.parameters["length"]), settings, watch)
+        release()
+        load.append(os.getloadavg()[0])
+        return [
+            {
+                "id": row.id,
+                "parameters": dict(row.parameters),
+                "rounds": settings.rounds,
+                "warmup": settings.warmup,
+                "load": [round(value, 2) for value in load],
+                "arms": {name: arms[name] for name in names},
+                "ratios": ratios(spreads, names[:1], tuple(name for name in FORMATS if name in spreads)),
+            }
+        ]
+
+    def _speed(
+        self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
+    ) -> tuple[dict[str, Any], dict[str, Spread]]:
+        steps = 4 if settings.quick else self.steps
+        ids = token_windows(plain.tokenizer, pydoc_text(), length, 1)
+        watch.say("prefill")
+        past = prefill(plain.model, ids[:, : length - steps])
+        arms: dict[str, Any] = {}
+        calls: dict[str, Any] = {}
+        made: dict[str, CacheArm] = {}
+        last = ids[:, length - steps :]
+        for name in names:
+            watch.say(f"preparing {name}")
+            begun = time.perf_counter()
+            try:
+                arm = make_arm(name, plain.model, prepared, past, length)
+                _steps(arm, last)
+            except Exception as error:
+                arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
+                continue
+            made[name], calls[name] = arm, lambda arm=arm: _steps(arm, last)
+            arms[name] = {
+                "compile_seconds": float(f"{time.perf_counter() - begun:.4g}"),
+                **_bytes(arm, plain, length, FORMATS.get(name, "")),
+            }
+        with _no_collection():
+            spreads = interleave(
+                calls,
+                timer_for("cpu"),
+                settings.rounds,
+                warmup=settings.warmup,
+                before=lambda name: made[name].rewind(),
+                tick=watch.tick,
+            )
+        spreads = {name: spread.scaled(1 / steps) for name, spread in spreads.items()}
+        for name, spread in spreads.items():
+            arms[name] = {"seconds": spread.to_json(), **arms[name]}
+        return arms, spreads
+
+    def _quality(
+        self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
+    ) -> tuple[dict[str, Any], dict[str, Spread]]:
+        windows = token_windows(plain.tokenizer, pydoc_text(), length, 1 if settings.quick else settings.rounds)
+        prompt = length // 4
+        arms: dict[str, Any] = {}
+        samples: dict[str, list[float]] = {}
+        scores: dict[str, Score] = {}
+        timer = timer_for("cpu")
+        for ids in windows[:, None]:
+            past = prefill(plain.model, ids[:, :prompt])
+            watch.say("dynamic")
+            wanted = _steps(make_arm("dynamic", plain.model, prepared, past, length), ids[:, prompt:])
+            for name in names:
+                watch.say(name)
+                try:
+                    arm = make_arm(name, plain.model, prepared, past, length)
+                    _steps(arm, ids[:, prompt : prompt + 1])
+                    arm.rewind()
+                except Exception as error:
+                    arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
+                    continue
+                seconds, found = timer.time(lambda arm=arm, ids=ids: _steps(arm, ids[:, prompt:]))
+                samples.setdefault(name, []).append(seconds / (length - prompt))
+                scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
+                arms[name] = _bytes(arm, plain, length, FORMATS.get(name, ""))
+                watch.tick(name)
+        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
+        for name, spread in spreads.items():
+            arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
+        return arms, spreads
+
+    def _generate(
+        self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
+    ) -> tuple[dict[str, Any], dict[str, Spread]]:
+        count, tokens = (2, 8) if settings.quick else (self.prompts, self.tokens)
+        windows = token_windows(plain.tokenizer, pydoc_text(), length, count)
+        given = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        arms: dict[str, Any] = {name: {"skipped": "generate is compared for compressed caches"} for name in names}
+        samples: dict[str, list[float]] = {}
+        same: dict[str, list[int]] = {}
+        timer = timer_for("cpu")
+        for ids in windows[:, None]:
+            wanted = plain.model.generate(ids, cache_implementation="static", disable_compile=True, **given)
+            for name in (name for name in names if name in FORMATS):
+                watch.say(name)
+                cache = eff.kv_cache(prepared, FORMATS[name], capacity=length + tokens)
+                seconds, found = timer.time(
+                    lambda cache=cache, ids=ids: prepared.generate(
+                        ids, past_key_values=cache, disable_compile=True, **given
+                    )
+                )
+                samples.setdefault(name, []).append(seconds / tokens)
+                agreed = (found[0, length:] == wanted[0, length:]).int().cumprod(0).sum()
+                same.setdefault(name, []).append(int(agreed))
+                watch.tick(name)
+        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
+        for name, spread in spreads.items():
+            equal = sum(n == tokens for n in same[name])
+            told = {"prompts": count, "tokens": tokens, "equal_prompts": equal, "equal_tokens": same[name]}
+            arms[name] = {"seconds": spread.to_json(), "policy": FORMATS[name], "generate": told}
+        return arms, spreads
+
+
+def _steps(arm: CacheArm, ids: Tensor) -> Tensor:
+    """Feed tokens one by one; return the logits `[1, S, V]`."""
+    return torch.cat([arm.call(ids[:, place : place + 1]).clone() for place in range(ids.shape[1])], 1)
+
+
+def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[str, Any]:
+    config: Any = loaded.model.config
+    heads, depth = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    whole = 2 * 2 * config.num_hidden_layers * heads * depth * length
+    held = arm.nbytes()
+    return {"policy": policy, "bytes": held, "bytes_ratio": float(f"{held / whole:.4g}")}
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _many_graphs() -> Iterator[None]:
+    """Let Dynamo keep a graph for each arm of the same code: past its limit it runs eagerly, which would be timed as the arm."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
