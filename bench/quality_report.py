@@ -53,8 +53,8 @@ def _texts(row: Mapping[str, Any]) -> str:
     names = sorted({text for arm in row["arms"].values() for text in arm.get("quality", {})})
     heads = [f"{text}: {what}" for text in names for what in ("perplexity", "last 1,024", "KL", "top-1")]
     lines = [
-        "| policy | run | speed | density | selector | " + " | ".join(heads) + " |",
-        "| --- |" + " ---: |" * (4 + len(heads)),
+        "| policy | run | speed | density | selector | of saved | " + " | ".join(heads) + " |",
+        "| --- |" + " ---: |" * (5 + len(heads)),
     ]
     speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == DENSE}
     dense = row["arms"][DENSE].get("quality", {})
@@ -67,6 +67,7 @@ def _texts(row: Mapping[str, Any]) -> str:
             f"{speed[name]:.2f}x" if name in speed else "1.00x" if name == DENSE else "-",
             f"{arm['density']:.3f}" if "density" in arm else "-",
             f"{100 * arm['selector_share']:.1f} %" if "selector_share" in arm else "-",
+            f"{100 * arm['selector_of_saved']:.1f} %" if arm.get("selector_of_saved") else "-",
         ]
         for text in names:
             got, base = arm["quality"][text], dense[text]

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from effcompile import ops
 from effcompile.backend import target_of
 from effcompile.compiler import compile_program
 from effcompile.core.dump import Dump
-from effcompile.core.expr_eval import evaluate, from_json
+from effcompile.core.expr_eval import evaluate, from_json, to_json
+from effcompile.core.mask import CAUSAL
 from effcompile.core.options import Options
 from effcompile.observe import observe
 from effcompile.ops.attention_tokens import kept_tokens
@@ -28,11 +30,13 @@ _ROWS = 1024
 class Profile:
     """Hold seconds of one eager run, and the pairs of all sites that ran over block maps.
 
-    `selector` are seconds of ops that only a block map needs, `attention` those of the ops that the maps go into.
+    `selector` are seconds of ops that only a block map needs, `attention` those of the ops that the maps go into, `dense` those of
+    exact attention at the same sites, by the faster of two kernels.
     """
 
     selector: float = 0.0
     attention: float = 0.0
+    dense: float = 0.0
     whole: float = 0.0
     kept: int = 0
     allowed: int = 0
@@ -48,8 +52,15 @@ class Profile:
             "density": _short(self.kept / max(1, self.allowed)),
             "density_by_site": [_short(value) for value in self.densities],
             "selector_share": _short(self.selector / (self.selector + self.attention)),
+            "selector_of_saved": self.of_saved,
             "selector_share_of_run": _short(self.selector / self.whole),
         }
+
+    @property
+    def of_saved(self) -> float | None:
+        """Return the selector's time over the attention time that the maps save; None where they save nothing."""
+        saved = self.dense - self.attention
+        return _short(self.selector / saved) if saved > 0 else None
 
 
 def profile(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], policy: str) -> Profile:
@@ -78,12 +89,13 @@ class _Reader(fx.Interpreter):  # type: ignore[misc]  # torch is Any here
     def run_node(self, n: fx.Node) -> Any:
         begun = time.perf_counter()
         value = super().run_node(n)
-        spent = time.perf_counter() - begun
+        spent = time.perf_counter() - begun  # what else is timed below is not of the run
         self.into.whole += spent
         if n in self.choosing:
             self.into.selector += spent
         if _is(n, BLOCKS):
             self.into.attention += spent
+            self.into.dense += _dense(*self.fetch_args_kwargs_from_env(n)[0])
             self._count_blocks(*self.fetch_args_kwargs_from_env(n)[0])
         elif _is(n, TOKENS):
             self._count_tokens(spent, *self.fetch_args_kwargs_from_env(n)[0])
@@ -103,6 +115,7 @@ class _Reader(fx.Interpreter):  # type: ignore[misc]  # torch is Any here
         choosing = time.perf_counter() - begun
         self.into.selector += choosing
         self.into.attention += max(0.0, spent - choosing)
+        self.into.dense += _dense(q, k, v, None, loads, sizes, keep, *rest)
         chosen = kept[:, None, :, None] & kept[:, None, None, :]
         self._count(pairs(keep, chosen, (*q.shape[:3], k.shape[2]), loads, sizes, (1, 1)))
 
@@ -144,6 +157,22 @@ def pairs(
                 allowed += step * int(inside[b, h].sum())
                 kept += step * int((inside[b, h] & lines).sum())
     return kept, allowed
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, _: Any, loads: Any, sizes: Any, keep: str, *rest: Any) -> float:
+    """Return the seconds of exact attention on the operands of an op over maps; `rest` begins with empty_row and scale."""
+    ways: list[Callable[[], Tensor]] = [
+        lambda: torch.ops.eff.attention_tiled_v1(q, k, v, None, loads, sizes, keep, rest[0], rest[1])
+    ]
+    if keep == to_json(CAUSAL.keep) and q.shape[2] == k.shape[2]:
+        gqa = q.shape[1] != k.shape[1]
+        ways.append(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rest[1], enable_gqa=gqa))
+    found = []
+    for way in ways:
+        begun = time.perf_counter()
+        way()
+        found.append(time.perf_counter() - begun)
+    return min(found)
 
 
 def _is(node: fx.Node, name: str) -> bool:

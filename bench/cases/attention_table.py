@@ -45,6 +45,8 @@ class AttentionTable(Case):
     )
     form_words: ClassVar[tuple[str, ...]] = MASKS
     lengths: tuple[int, ...] = (32, 128, 256, 512, 1024, 2048, 4096)
+    decode_lengths: tuple[int, ...] = (8192, 16384, 32768)
+    """More lengths for one query: there the choice of pages begins to pay."""
     head_dim: int = 64
     other_head_dims: tuple[int, ...] = (32, 128)
     """At one length only: the rate depends on the head dimension and on the length by nearly independent factors."""
@@ -62,14 +64,14 @@ class AttentionTable(Case):
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return length x mask x dtype, and every head dimension at one length; `--forms` names masks."""
-        lengths = settings.lengths or ((256,) if settings.quick else self.lengths)
+        lengths = settings.lengths or ((256,) if settings.quick else (*self.lengths, *self.decode_lengths))
         shape = {"batch": self.batch, "heads": self.heads, "kv_heads": self.kv_heads}
         return [
             Row(f"{n}-d{dim}-{mask}-{dtype}", {**shape, "length": n, "head_dim": dim, "mask": mask, "dtype": dtype})
             for n in lengths
             for dim in (self.head_dim, *(self.other_head_dims if n == self.other_length else ()))
             for mask in self.masks
-            if not settings.forms or mask in settings.forms
+            if (not settings.forms or mask in settings.forms) and (mask in DECODE or n not in self.decode_lengths)
             for dtype in self.dtypes
             if not settings.dtypes or dtype in settings.dtypes
         ]

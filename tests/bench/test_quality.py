@@ -150,7 +150,7 @@ def _row() -> dict[str, object]:
         return {"policy": policy, "seconds": Spread((1.0, 2.0)).to_json(), "quality": {"pydoc": quality}, **more}
 
     arms = {"dense": arm("", 10.0), "w": arm("sink-window{window=8}", 11.0), "t": arm("block-topk{density=0.5}", 10.1)}
-    arms["t"] |= {"density": 0.5, "selector_share": 0.03}
+    arms["t"] |= {"density": 0.5, "selector_share": 0.03, "selector_of_saved": 0.08}
     return {
         "id": "8-text",
         "parameters": {"length": 8, "form": "text", "dtype": "float32"},
@@ -164,7 +164,7 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     document = {"about": "about", "rows": [_row()], "runs": {}}
     assert quality_report.write(tmp_path, document)
     page = (tmp_path / "sparse_attention.md").read_text()
-    assert "| `block-topk{density=0.5}` | 1.50 s | 1.25x | 0.500 | 3.0 % | 10.10 (+1.0 %) |" in page
+    assert "| `block-topk{density=0.5}` | 1.50 s | 1.25x | 0.500 | 3.0 % | 8.0 % | 10.10 (+1.0 %) |" in page
     assert quality_report.curve(_row()) == [
         ("sink-window", "window=8", pytest.approx(10.0), 1.5),
         ("block-topk", "density=0.5", pytest.approx(1.0), 1.25),

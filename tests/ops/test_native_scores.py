@@ -182,6 +182,14 @@ def test_pages_are_those_of_the_best_scores(
     assert (worst >= best - 1e-4 * (1 + best.abs().nan_to_num(posinf=0))).all()
 
 
+def test_pages_with_nan_come_last() -> None:
+    q, k, _, _ = step(1, 320, (16, 1), torch.float32)
+    k[:, :, 100:110] = math.nan
+    chosen = pages(q, k, [], [], to_json(TRUE), 10 * 16, 2, 16, "bound")
+    assert (chosen.sum(-1) == 10).all()
+    assert not chosen[..., 6].any()
+
+
 def _means(k: Tensor, page: int, real: Tensor | None) -> Tensor:
     count = -(-k.shape[2] // page)
     found = torch.zeros(*k.shape[:2], count, k.shape[3], dtype=torch.float64)

@@ -146,10 +146,12 @@ void choose(const Pages& p, const void* q_, const void* k_, bool bound, uint8_t*
         }
         const uint8_t* pad = p.pad ? p.pad + (b % p.pad_batch) * p.columns : nullptr;
         const S* keys = k + b * p.k_stride[0] + g * p.k_stride[1];
-        for (int64_t n = task * each; n < std::min(p.pages, (task + 1) * each); ++n)
-          if (mine.some[n] && !mine.forced[n])
-            score_page(p, keys, pad, n, queries.data(), bound, low.data(), high.data(), key.data(),
-                       scores.data() + (lead * p.pages + n) * group);
+        for (int64_t n = task * each; n < std::min(p.pages, (task + 1) * each); ++n) {
+          if (!mine.some[n] || mine.forced[n]) continue;
+          float* row = scores.data() + (lead * p.pages + n) * group;
+          score_page(p, keys, pad, n, queries.data(), bound, low.data(), high.data(), key.data(), row);
+          for (int64_t i = 0; i < group; ++i) row[i] = std::isnan(row[i]) ? NEG : row[i];  // NaN has no place in an order
+        }
       }
     }
     std::vector<int32_t> order;
