@@ -15,6 +15,7 @@ def register() -> None:
     from effcompile.ops import (
         attention,
         attention_blocks,
+        attention_epilogue,
         attention_tokens,
         block_scores,
         block_sparse,
@@ -33,7 +34,18 @@ def register() -> None:
 
     selectors = (topk, pages, antidiagonal, pooled, vertical_slash)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
-    plain = (attention, attention_blocks, attention_tokens, blocks, kv, linear, mask_tensor, packing, tiled)
+    plain = (
+        attention,
+        attention_blocks,
+        attention_epilogue,
+        attention_tokens,
+        blocks,
+        kv,
+        linear,
+        mask_tensor,
+        packing,
+        tiled,
+    )
     for module in (*plain, *selectors, *with_kernels):
         module.register()
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.

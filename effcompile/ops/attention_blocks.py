@@ -99,10 +99,13 @@ def compiled(
     q_block: int,
     k_block: int,
     out: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys.
 
-    The result goes into `out` `[B, Hq, Q, Dv]` where it is given, whose last dimension is dense.
+    The result goes into `out` `[B, Hq, Q, Dv]` where it is given, whose last dimension is dense. Its rows are multiplied by
+    `row_scale` `[B, Hq, Q]` float32, then `addend` `[B, Hq, Q, Dv]` of q's dtype is added, before they are rounded.
     """
     q, k, v = (native.dense_rows(x) for x in (q, k, v))
     batch, heads, rows, depth = q.shape
@@ -123,6 +126,7 @@ def compiled(
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
     shape.append(torch.get_num_threads())
     operands = [q, k, v, out, lse, chosen, some, every, first, last, limits.keys, tile_of, tiles]
+    operands += [None if x is None else x.contiguous() for x in (row_scale, addend)]
     native.call(native.BLOCKS, "eff_attention_blocks", q.dtype, shape, operands, scale)
     return out, lse
 
@@ -256,7 +260,7 @@ def revive(
     for number in range(q.shape[0]):
         rows = dead[number].any(0).nonzero().squeeze(1)
         for part in rows.split(_CHUNK):
-            kept = _kept(predicate, number, part, keys, q.shape[1], loads, sizes)
+            kept = kept_pairs(predicate, number, part, keys, q.shape[1], loads, sizes)
             query = q[number : number + 1, :, part]
             key, value = (x[number : number + 1].repeat_interleave(group, 1) for x in (k, v))
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=kept, scale=scale)
@@ -270,7 +274,7 @@ def revive(
             out[number : number + 1, :, part] = torch.where(gone, found, out[number : number + 1, :, part])
 
 
-def _kept(
+def kept_pairs(
     predicate: Expr,
     number: int,
     rows: torch.Tensor,
@@ -279,6 +283,7 @@ def _kept(
     loads: Sequence[torch.Tensor],
     sizes: Sequence[int],
 ) -> torch.Tensor:
+    """Return which keys `rows` `[R]` of sequence `number` keep, `[1, H, R, K]`; keys `[1, 1, 1, K]` are places."""
     lead = torch.full((1, 1, 1, 1), number, device=rows.device)
     axes = (lead, torch.arange(heads, device=rows.device)[None, :, None, None], rows[None, None, :, None], keys)
     return evaluate(predicate, axes, loads, sizes).expand(1, heads, len(rows), keys.shape[-1])

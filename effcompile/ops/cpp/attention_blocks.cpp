@@ -20,6 +20,8 @@ struct Problem {
   const uint8_t* pad;      // [pad_batch, columns]: kept keys, or null
   const int32_t* tile_of;  // [tile_batch, tile_heads, q_blocks, k_blocks]: number of a tile or -1; or null
   const uint8_t* tiles;    // [tiles, q_block, k_block]
+  const float* row_scale;  // [batch, heads, rows]: factor of each row of the result, or null
+  const void* addend;      // [batch, heads, rows, width], of the result's type: added to it, or null
   float scale;
 };
 
@@ -88,8 +90,8 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
   std::fill(sums, sums + rows * wide, 0.f);
   const uint8_t* chosen =
       p.chosen + (((b % p.map_batch) * p.map_heads + h * p.map_heads / p.heads) * p.q_blocks + qb) * p.k_blocks;
-  const int64_t line = (((b % p.mask_batch) * p.mask_heads + h % p.mask_heads) * p.q_blocks + qb) * p.k_blocks;
-  const uint8_t *some = p.some + line, *whole = p.whole + line;
+  const int64_t mask = (((b % p.mask_batch) * p.mask_heads + h % p.mask_heads) * p.q_blocks + qb) * p.k_blocks;
+  const uint8_t *some = p.some + mask, *whole = p.whole + mask;
   int64_t left = 0;
   for (int64_t n = 0; n < p.k_blocks; ++n)
     if (chosen[n] && some[n]) own.list[left++] = static_cast<int32_t>(n);
@@ -135,10 +137,18 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
     }
   }
   S* to = out + b * p.o_stride[0] + h * p.o_stride[1] + qb * p.q_block * p.o_stride[2];
-  float* log = lse + (b * p.heads + h) * p.rows + qb * p.q_block;
+  const int64_t line = (b * p.heads + h) * p.rows + qb * p.q_block;
+  float* log = lse + line;
+  const S* more = p.addend ? static_cast<const S*>(p.addend) + line * p.width : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
-    const float by = total[i] > 0.f ? 1.f / total[i] : 0.f;
-    for (int64_t j = 0; j < p.width; ++j) to[i * p.o_stride[2] + j] = static_cast<S>(sums[i * wide + j] * by);
+    const float by = (total[i] > 0.f ? 1.f / total[i] : 0.f) * (p.row_scale ? p.row_scale[line + i] : 1.f);
+    S* row = to + i * p.o_stride[2];
+    if (more) {
+      for (int64_t j = 0; j < p.width; ++j)
+        row[j] = static_cast<S>(sums[i * wide + j] * by + static_cast<float>(more[i * p.width + j]));
+    } else {
+      for (int64_t j = 0; j < p.width; ++j) row[j] = static_cast<S>(sums[i * wide + j] * by);
+    }
     log[i] = total[i] > 0.f ? largest[i] + std::log(total[i]) : NEG;
   }
 }
@@ -220,6 +230,8 @@ extern "C" void eff_attention_blocks(int64_t dtype, const int64_t* sizes, const 
   p.pad = static_cast<const uint8_t*>(pointers[10]);
   p.tile_of = static_cast<const int32_t*>(pointers[11]);
   p.tiles = static_cast<const uint8_t*>(pointers[12]);
+  p.row_scale = static_cast<const float*>(pointers[13]);
+  p.addend = pointers[14];
   void* out = const_cast<void*>(pointers[3]);
   float* lse = static_cast<float*>(const_cast<void*>(pointers[4]));
   if (dtype == 0) {
