@@ -128,20 +128,24 @@ def test_a_policy_is_scored_against_dense() -> None:
 
 
 @pytest.mark.slow
-def test_every_arm_runs_compiled() -> None:
+@pytest.mark.parametrize("form", ["text", "pass-key", "decode"])
+def test_every_arm_runs_compiled(form: str) -> None:
     """No arm of any form falls back: each is compiled, on tokens of the trained model, and reads what it was given."""
     pytest.importorskip("transformers")
+    import effcompile as eff
     from effcompile.report import log
 
     case = SparseQuality(tries=2, steps=3)
-    settings = Settings(lengths=(512,), rounds=2, threads=1, quick=True)
-    for row in case.rows(settings):
-        log().graphs.clear()
-        (found,) = case.measure(row, settings, Watch())
-        policies = case.decoding if row.parameters["form"] == "decode" else case.policies
-        assert set(found["arms"]) == {"dense", *policies}
-        chosen = {choice.policy.partition("{")[0] for graph in log().graphs for choice in graph.plan.graphs[0].choices}
-        assert {policy.partition("{")[0] for policy in policies.values()} <= chosen
+    # A length above every budget and window, so that each policy has something to leave out.
+    settings = Settings(lengths=(1100,), forms=(form,), rounds=1, threads=1, quick=True)
+    log().graphs.clear()
+    (row,) = case.rows(settings)
+    (found,) = case.measure(row, settings, Watch())
+    policies = case.decoding if form == "decode" else case.policies
+    assert set(found["arms"]) == {"dense", *policies}
+    assert all("seconds" in arm for arm in found["arms"].values())
+    ran = {site["policy"].partition("{")[0] for graph in eff.report()["graphs"] for site in graph["sites"]}
+    assert {policy.partition("{")[0] for policy in policies.values()} <= ran
 
 
 def _row() -> dict[str, object]:
