@@ -42,6 +42,7 @@ LAUNCHES = {
     "eff::column_sums_v1": "column_sums:add_up",
     "eff::probe_scores_v1": "probe:score",
     "eff::int8_attention_v1": "int8:attend",
+    "eff::int8_blocks_v1": "int8_blocks:attend",
 }
 """Give for each op the file and the function that launches its kernel."""
 

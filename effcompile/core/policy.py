@@ -51,12 +51,15 @@ Proposal = Estimate | Refusal
 class Kernels:
     """Hold the catalog that a policy may ask: kernels of raised attention, and of the ops that policies insert.
 
-    `choosing(policy, site, target, flops)` is the measured time of a policy's selector, or None.
+    `choosing(policy, site, target, flops)` is the measured time of a policy's selector, or None. `before` is the op that the site
+    is when a policy is asked: raised attention, or what the policy before it leaves; `density` is what that one keeps of the pairs.
     """
 
     exact: tuple[AttentionKernel, ...] = ()
     sparse: tuple[SparseKernel, ...] = ()
     choosing: Callable[[str, AttentionSite, Target, float], Supported | None] = lambda *given: None
+    before: str = RAISED
+    density: float = 1.0
 
     def of(self, op: str) -> tuple[SparseKernel, ...]:
         """Return the kernels that lower one op, by its name (`eff::attention_blocks_v1`)."""
@@ -116,6 +119,10 @@ class Policy(Method):
         """Return what the plan says of a proposal for a site."""
         return f"density {estimate.density:.3g} of the pairs that {site.mask} keeps"
 
+    def leaves(self, op: str) -> str:
+        """Return the op that `apply` leaves at a site that is `op`."""
+        return self.op
+
     def settled(self) -> Policy:
         """Return the policy as a plan names it at one site: without parameters that only say which sites to take."""
         return self
@@ -123,7 +130,10 @@ class Policy(Method):
 
 def left_by(policies: Sequence[Policy]) -> str:
     """Return the op that policies leave behind, applied in order."""
-    return policies[-1].op if policies else RAISED
+    op = RAISED
+    for policy in policies:
+        op = policy.leaves(op)
+    return op
 
 
 def read_policy(family: str, text: str, known: Iterable[type[M]]) -> M:

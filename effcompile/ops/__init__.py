@@ -23,6 +23,7 @@ def register() -> None:
         column_scores,
         flash,
         int8_attention,
+        int8_blocks,
         kv,
         linear,
         mask_tensor,
@@ -40,6 +41,7 @@ def register() -> None:
         attention_epilogue,
         attention_tokens,
         blocks,
+        int8_blocks,
         kv,
         linear,
         mask_tensor,
@@ -51,4 +53,4 @@ def register() -> None:
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}
     kernels = importlib.import_module("effcompile.codegen.triton")
-    kernels.register(bodies, opaque=("eff::attention_blocks_v1",))
+    kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1"))

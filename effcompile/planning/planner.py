@@ -63,7 +63,7 @@ def make_plan(
         taken: tuple[Policy, ...] = ()
         density, seen = 1.0, site
         for policy in policies:
-            proposal = propose(policy, seen, given, left_by(taken))
+            proposal = propose(policy, seen, given, left_by(taken), density)
             paying = _paying(policy, proposal, seen, given, known)
             if isinstance(paying, Refusal):
                 proposal, paying = paying, ""
@@ -112,13 +112,15 @@ def _paying(
     return known[key]
 
 
-def propose(policy: Policy, site: AttentionSite, given: Circumstances, op: str = RAISED) -> Proposal:
-    """Ask a policy about a site that is now `op`; in training one through which no gradient flows refuses."""
+def propose(
+    policy: Policy, site: AttentionSite, given: Circumstances, op: str = RAISED, density: float = 1.0
+) -> Proposal:
+    """Ask a policy about a site that is now `op` at a density; in training one through which no gradient flows refuses."""
     if op not in policy.inside:
         return Refusal("EFF-A509", f"`{policy.name}` does not go with the policy before it, which leaves {op}")
     if given.training and (why := policy.gradient(site)) is not None:
         return why
-    return policy.propose(site, given.target, given.kernels)
+    return policy.propose(site, given.target, replace(given.kernels, before=op, density=density))
 
 
 def kind_of(site: AttentionSite, policies: Sequence[Policy] = (), density: float = 1.0) -> Kind:

@@ -43,7 +43,7 @@ def replayed(
     for site in sites:
         mine, density, seen = policies.get(site.id, ()), 1.0, site
         for number, policy in enumerate(mine):
-            proposal = propose(policy, seen, given, left_by(mine[:number]))
+            proposal = propose(policy, seen, given, left_by(mine[:number]), density)
             if isinstance(proposal, Refusal):
                 raise _refused(policy.spelled, site, proposal)
             density, seen = density * proposal.density, policy.narrowed(seen)

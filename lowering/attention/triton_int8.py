@@ -14,7 +14,7 @@ from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.attention.triton_blocks import tuned
 
-_SHARE = 0.75
+SHARE = 0.75
 """Time against products of 16 bits: half of the work, the product with the keys, at twice the rate."""
 
 
@@ -34,7 +34,7 @@ class TritonInt8(SparseKernel):
         if max(site.head_dim, site.value_dim) > 256:
             return Refusal("EFF-A210", f"head dimensions {site.head_dim} and {site.value_dim}")
         visited = estimate.density(site, (128, 64))
-        return Supported(_SHARE * estimate.seconds("sdpa-causal", site, target, visited))
+        return Supported(SHARE * estimate.seconds("sdpa-causal", site, target, visited))
 
     def lower(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
         """Leave the op: on CUDA tensors it launches the kernels."""

@@ -13,11 +13,12 @@ from effcompile.core.attention_call import AttentionCall
 from effcompile.core.expr import Expr
 from effcompile.core.kernel import Supported
 from effcompile.core.mask import Mask, causal_offset, describe, window_both, window_left
-from effcompile.core.policy import Estimate, Exactness, Kernels, Policy, Proposal
+from effcompile.core.policy import RAISED, Estimate, Exactness, Kernels, Policy, Proposal
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.target import Target
 
+_BLOCKS, _INT8_BLOCKS = "eff::attention_blocks_v1", "eff::int8_blocks_v1"
 SHORTEST = 128
 """Queries below which rounding all keys costs more than it saves: one block of queries."""
 
@@ -40,17 +41,21 @@ class SageInt8(Policy):
     paper: ClassVar[str] = "arXiv:2410.02367"
     exactness: ClassVar[Exactness] = "lossy"
     op: ClassVar[str] = "eff::int8_attention_v1"
+    inside: ClassVar[tuple[str, ...]] = (RAISED, _BLOCKS)
+
+    def leaves(self, op: str) -> str:
+        """Return the op with 8-bit products: over a map of blocks where a pattern left one."""
+        return _INT8_BLOCKS if op == _BLOCKS else self.op
 
     def propose(self, site: AttentionSite, target: Target, kernels: Kernels) -> Proposal:
-        """Accept full, causal and window masks with known distances, where the target has a kernel."""
+        """Accept full, causal and window masks with known distances, and maps of blocks, where the target has a kernel."""
         if isinstance(site.q_len, int) and site.q_len < SHORTEST:
             return Refusal(
                 "EFF-A502", f"too short: {site.q_len} queries, and a block that shares a scale has {SHORTEST}"
             )
-        found = band_of(site)
-        if isinstance(found, Refusal):
+        if kernels.before == RAISED and isinstance(found := band_of(site), Refusal):
             return found
-        answers = [kernel.supports(site, target, 1.0) for kernel in kernels.of(self.op)]
+        answers = [kernel.supports(site, target, kernels.density) for kernel in kernels.of(self.leaves(kernels.before))]
         able = [answer for answer in answers if isinstance(answer, Supported)]
         if not able:
             why = "; ".join(str(answer) for answer in answers)
@@ -63,7 +68,9 @@ class SageInt8(Policy):
         return f"8-bit query-key products under {site.mask}"
 
     def apply(self, node: fx.Node, site: AttentionSite, edit: Editor) -> fx.Node:
-        """Insert the op and take its first result; q, k and v are those of the node."""
+        """Insert the op and take its first result; q, k and v are those of the node. Over a map the operands stay what they are."""
+        if node.target is torch.ops.eff.attention_blocks_v1.default:
+            return edit.call(torch.ops.eff.int8_blocks_v1.default, *node.args, like=node)
         call, found = AttentionCall.of(node), band_of(site)
         assert isinstance(found, Band), f"{self.name} was applied to a site that it refuses: {found}"
         operands = (call.q, call.k, call.v, None, None, found.left, found.right, found.offset, call.scale)

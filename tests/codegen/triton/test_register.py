@@ -22,7 +22,10 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, namespace), short).default
 
 
-@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - {"eff::attention_blocks_v1"}))
+OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1")
+
+
+@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - set(OPAQUE)))
 def test_every_kernel_joins_its_op(op: str) -> None:
     ops.register()
     ops.register()
@@ -66,7 +69,8 @@ def test_an_op_without_a_kernel_has_no_cuda_implementation() -> None:
     assert not torch._C._dispatch_has_kernel_for_dispatch_key("eff::linear_v1", "CUDA")
 
 
-def test_an_op_whose_work_depends_on_data_has_no_twin() -> None:
+@pytest.mark.parametrize("op", OPAQUE)
+def test_an_op_whose_work_depends_on_data_has_no_twin(op: str) -> None:
     ops.register()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("eff::attention_blocks_v1", "CUDA")
-    assert not hasattr(torch.ops.eff, "attention_blocks_triton_v1")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
+    assert not hasattr(torch.ops.eff, kernels.traced_name(op).partition("::")[2])

@@ -14,6 +14,7 @@ import effcompile as eff
 from effcompile.core.errors import EffError
 from effcompile.core.policy import Estimate, Policy
 from effcompile.core.target import Target
+from effcompile.passes.attention.block_topk import BlockTopk
 from effcompile.passes.attention.sink_window import SinkWindow
 from effcompile.passes.attention.sliding_window import SlidingWindow
 from effcompile.passes.precision.sage_int8 import Band, SageInt8, band_of
@@ -156,6 +157,46 @@ def test_a_pattern_that_leaves_no_band_keeps_its_precision() -> None:
     (site,) = explain(attention="sink-window{window=64}", precision="sage-int8")["sites"]
     assert site["policy"] == "sink-window{window=64}"
     assert [item["code"] for item in site["declined"] if item["policy"] == "sage-int8"] == ["EFF-A203"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "block-topk{density=0.4,block=64,dense_layers=0}",
+        "xattention{threshold=0.5,block=64}",
+        "pooled-cdf{cdf=0.5,similarity=0,block=64}",
+        "vertical-slash{coverage=0.5,block=64}",
+    ],
+)
+def test_it_composes_with_maps_of_blocks(pattern: str) -> None:
+    (site,) = explain(attention=pattern, precision="sage-int8")["sites"]
+    (alone,) = explain(attention=pattern)["sites"]
+    assert site["policy"] == f"{alone['policy']}, sage-int8"
+    assert (site["kernel"], alone["kernel"]) == ("triton-int8-blocks", "triton-blocks")
+    assert site["seconds"] < alone["seconds"]
+
+
+def test_dropped_tokens_keep_their_precision() -> None:
+    (site,) = explain(attention="zipvl", precision="sage-int8")["sites"]
+    assert "EFF-A509" in {item["code"] for item in site["declined"]} or site["policy"] == "sage-int8"
+
+
+@torch.no_grad()
+def test_products_over_a_map_are_rounded() -> None:
+    from effcompile.passes.attention.rewrite import rewrite_attention
+
+    args, pattern = qkv(), BlockTopk(density=0.4, block=64, dense_layers=0)
+    raised = raise_attention(sdpa(is_causal=True), fresh(args))
+    chain = {site.id: (pattern, SAGE) for site in raised.sites}
+    program, _ = rewrite_attention(raised.program, raised.sites, chain)
+    graph = program.entries[0].graph
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert any("int8_blocks_v1" in name for name in names)
+    assert not any("attention_blocks_v1" in name for name in names)
+    (found,) = flat(graph(*args))
+    exact = rewrite_attention(raised.program, raised.sites, {site.id: (pattern,) for site in raised.sites})[0]
+    (plain,) = flat(exact.entries[0].graph(*args))
+    assert 0 < float((found - plain).float().norm() / plain.float().norm()) < 0.03
 
 
 @torch.no_grad()
