@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be built; the first call in a cold cache takes seconds."""
     found = build("kv_cache.cpp")
     if found is not None:
-        sizes, pointers, whole, real = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        sizes, pointers, whole, real = ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_float
         found.eff_kv_attention.restype = found.eff_kv_append.restype = None
         found.eff_kv_attention.argtypes = [whole, whole, sizes, pointers, real, real]
         found.eff_kv_append.argtypes = [whole, whole, sizes, pointers]
@@ -40,11 +41,12 @@ def append(bits: int, k: Tensor, v: Tensor, sizes: Sequence[int], state: Sequenc
     """Run `eff_kv_append`: sizes [length, packed, packed after, capacity, group, residual]; state in the order of use."""
     k, v = rows_dense(k), rows_dense(v)
     batch, heads, count, depth = k.shape
-    numbers = [batch, heads, depth, v.shape[3], count, *sizes, torch.get_num_threads()]
-    numbers += [*k.stride()[:3], *v.stride()[:3]]
+    numbers = _APPEND.pack(
+        batch, heads, depth, v.shape[3], count, *sizes, torch.get_num_threads(), *k.stride()[:3], *v.stride()[:3]
+    )
     kernels = library()
     assert kernels is not None
-    kernels.eff_kv_append(DTYPES[k.dtype], bits, _numbers(numbers), _pointers((k, v, *state)))
+    kernels.eff_kv_append(DTYPES[k.dtype], bits, numbers, _pointers((k, v, *state)))
 
 
 def attend(
@@ -62,26 +64,33 @@ def attend(
     """Run `eff_kv_attention`: sizes [length, packed, capacity, group, residual]; returns output and LSE."""
     q, k, v = q.contiguous(), rows_dense(k), rows_dense(v)
     batch, heads, rows, depth = q.shape
-    length, packed, *rest = sizes
-    out = q.new_empty((batch, heads, rows, v.shape[3]))
+    length, packed, capacity, group, residual = sizes
+    width = v.shape[3]
+    out = torch.empty((batch, heads, rows, width), dtype=q.dtype)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32)
-    kind, strides = 0, [0, 0, 0, 0]
+    kind, strides = 0, _NO_MASK
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask if kind == 1 or mask.dtype == torch.float32 else mask.float()
-        strides = [0 if extent == 1 else step for extent, step in zip(mask.shape[:3], mask.stride())] + [mask.stride(3)]
-    numbers = [batch, heads, k.shape[1], rows, depth, v.shape[3], length, k.shape[2], packed, *rest, kind, int(causal)]
-    numbers += [torch.get_num_threads(), *k.stride()[:3], *v.stride()[:3], *strides]
+        a, b, c, d = mask.stride()
+        strides = (a if mask.shape[0] > 1 else 0, b if mask.shape[1] > 1 else 0, c if mask.shape[2] > 1 else 0, d)
+    # fmt: off
+    numbers = _ATTEND.pack(
+        batch, heads, k.shape[1], rows, depth, width, length, k.shape[2], packed, capacity, group, residual, kind, causal,
+        torch.get_num_threads(), *k.stride()[:3], *v.stride()[:3], *strides,
+    )
+    # fmt: on
     kernels = library()
     assert kernels is not None
-    operands = (q, k, v, mask, out, lse, *state)
-    kernels.eff_kv_attention(DTYPES[q.dtype], bits, _numbers(numbers), _pointers(operands), scale, softcap)
+    kernels.eff_kv_attention(
+        DTYPES[q.dtype], bits, numbers, _pointers((q, k, v, mask, out, lse, *state)), scale, softcap
+    )
     return out, lse
 
 
-def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+# Packed by struct: arrays of ctypes take longer to fill than a short attention takes.
+_APPEND, _ATTEND, _NO_MASK = struct.Struct("=18q"), struct.Struct("=25q"), (0, 0, 0, 0)
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+def _pointers(tensors: Sequence[Tensor | None]) -> bytes:
+    return struct.pack(f"={len(tensors)}Q", *(0 if t is None else t.data_ptr() for t in tensors))
