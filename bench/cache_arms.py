@@ -14,6 +14,7 @@ from bench.workload import primary
 
 FORMATS: Mapping[str, str] = {
     "int8": "int8-per-token",
+    "fp8": "fp8",
     "kivi-4": "kivi{bits=4,group=32,residual=128}",
     "kivi-2": "kivi{bits=2,group=32,residual=128}",
 }

@@ -56,7 +56,7 @@ def test_attention_is_that_over_what_was_appended(
 ) -> None:
     """Every call reads its own tokens as they are, and all before them as the state holds them."""
     storage = STORAGES[name]
-    dims = (72, 40) if name == "int8" else (64, 128)
+    dims = (72, 40) if name in ("int8", "fp8") else (64, 128)
     kv_heads, group = heads
     shape = shape_of(storage, sum(steps), 2, kv_heads, dims, dtype)
     state = empty(storage, shape)
@@ -114,7 +114,10 @@ def test_no_element_is_off_by_more_than_half_a_scale(name: str) -> None:
     storage.append(state, k, v)
     keys, values = storage.read(state, 0, 320, torch.float32)
     scales = {part: state[part].float() for part in ("k_scales", "v_scales")}
-    if name == "int8":
+    if name == "fp8":
+        halves = [(k.abs() / 16).maximum(scales["k_scales"][:, :, :320, None] / 1024)]
+        halves.append((v.abs() / 16).maximum(scales["v_scales"][:, :, :320, None] / 1024))
+    elif name == "int8":
         halves = [scales["k_scales"][:, :, :320, None] / 2, scales["v_scales"][:, :, :320, None] / 2]
     else:
         packed, group = int(state["packed"]), storage.group  # type: ignore[attr-defined]
@@ -129,7 +132,7 @@ def test_no_element_is_off_by_more_than_half_a_scale(name: str) -> None:
         assert bool(((found - given_).abs() <= half + slack).all())
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(STORAGES) if name != "int8"])
+@pytest.mark.parametrize("name", [name for name in sorted(STORAGES) if name not in ("int8", "fp8")])
 def test_a_context_within_the_residual_is_exact(name: str) -> None:
     storage = STORAGES[name]
     residual = storage.residual  # type: ignore[attr-defined]
@@ -240,19 +243,23 @@ def test_halves_are_rounded_to_the_asked_side() -> None:
 
 
 def test_ops_tell_torch_what_they_write() -> None:
-    for name in ("int8", "4-32-128"):
+    for name in ("int8", "fp8", "4-32-128"):
         storage = STORAGES[name]
         state = empty(storage, shape_of(storage, 128, 1, 1, (64, 64), torch.float32))
         k, v = (draw(1, 1, 2, 64, dtype=torch.float32, seed=seed) for seed in (1, 2))
         tensors = (*state.values(), k, v)
-        op = torch.ops.eff.kv_append_int8_v1.default if name == "int8" else torch.ops.eff.kv_append_grouped_v1.default
-        more = () if name == "int8" else (4,)
+        op = (
+            torch.ops.eff.kv_append_token8_v1.default
+            if name in ("int8", "fp8")
+            else torch.ops.eff.kv_append_grouped_v1.default
+        )
+        more = () if name in ("int8", "fp8") else (4,)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(op, (*tensors, *more), test_utils=tests)
         storage.append(state, k, v)
         read = (
-            torch.ops.eff.kv_attention_int8_v1.default
-            if name == "int8"
+            torch.ops.eff.kv_attention_token8_v1.default
+            if name in ("int8", "fp8")
             else torch.ops.eff.kv_attention_grouped_v1.default
         )
         torch.library.opcheck(

@@ -10,6 +10,7 @@ from effcompile import ops
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.site import CacheSite
+from effcompile.passes.kv.fp8 import Fp8
 from effcompile.passes.kv.int8_per_token import Int8PerToken
 from effcompile.passes.kv.kivi import Kivi
 from effcompile.runtime.kv_cache import LayerCache
@@ -18,6 +19,7 @@ from tests.support.caches import draw, exact
 ops.register()
 FORMATS: dict[str, CacheFormat] = {
     "int8": Int8PerToken(),
+    "fp8": Fp8(),
     "kivi-4": Kivi(residual=64),
     "kivi-2": Kivi(bits=2, group=64, residual=64),
 }
@@ -130,7 +132,7 @@ def test_a_fixed_cache_refuses_what_it_cannot_hold(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "most"),
-    [(Int8PerToken(), 0.55), (Kivi(bits=4), 0.34), (Kivi(bits=2), 0.22), (Kivi(bits=4, group=64), 0.30)],
+    [(Int8PerToken(), 0.55), (Fp8(), 0.55), (Kivi(bits=4), 0.34), (Kivi(bits=2), 0.22), (Kivi(bits=4, group=64), 0.30)],
 )
 def test_bytes_against_bfloat16_at_8k(form: CacheFormat, most: float) -> None:
     """Scales in half precision and a residual of 128 tokens in bfloat16 are counted."""

@@ -13,6 +13,7 @@ from effcompile.ops.kv.per_token import PerToken8
 
 STORAGES: dict[str, Storage] = {
     "int8": PerToken8(),
+    "fp8": PerToken8(floats=True),
     "4-32-128": Grouped(4, 32, 128),
     "4-64-64": Grouped(4, 64, 64),
     "2-32-32": Grouped(2, 32, 32),

@@ -8,6 +8,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Float8_e4m3fn.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
@@ -43,6 +44,11 @@ inline void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
 inline Reg signed_codes(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+// An 8-bit float with 4 bits of exponent is the upper part of a half, but for a factor of 256 that the scale takes.
+inline Reg small_floats(const int8_t* p) {
+  const __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+}
 inline Ints bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 template <int SHIFT, int MASK>
 inline Reg field(Ints x) {
@@ -62,6 +68,10 @@ inline Reg plus_product(Reg sum, Reg x, Reg y) { return _mm256_fmadd_ps(x, y, su
 inline void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
 inline Reg signed_codes(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Reg small_floats(const int8_t* p) {
+  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
 }
 inline Ints bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 template <int SHIFT, int MASK>
@@ -96,6 +106,9 @@ inline void store(float* p, Reg x) {
   for (int i = 0; i < W; ++i) p[i] = x.x[i];
 }
 inline Reg signed_codes(const int8_t* p) { EFF_EACH(Reg, static_cast<float>(p[i])) }
+inline Reg small_floats(const int8_t* p) {
+  EFF_EACH(Reg, static_cast<float>(c10::Half(static_cast<uint16_t>((p[i] * 128) & 0xbf80), c10::Half::from_bits())))
+}
 inline Ints bytes(const uint8_t* p) { EFF_EACH(Ints, p[i]) }
 template <int SHIFT, int MASK>
 inline Reg field(Ints x) {
@@ -109,6 +122,12 @@ inline float total(Reg x) {
 }
 #undef EFF_EACH
 #endif
+
+constexpr int FLOATS = 9;  // where a number of bits is asked for: 8, as floats
+template <int BITS>
+inline Reg codes8(const int8_t* p) {
+  return BITS == FLOATS ? small_floats(p) : signed_codes(p);
+}
 
 constexpr int RUNS = 16 / W;  // registers that hold 16 codes
 
@@ -136,7 +155,7 @@ inline void by_rows(int64_t rows, F f) {
 // --- products with codes -----------------------------------------------------------------------------------------------------
 
 // s[row, token] = sum over channels of q[row, channel] * code, for `panels` panels of PANEL8 tokens: k[panel][channel][PANEL8].
-template <int R>
+template <int R, int BITS>
 void scores8(const int8_t* k, int64_t depth, int64_t panels, const float* q, float* s, int64_t lds) {
   constexpr int N = 4;
   for (int64_t at = 0; at < panels * PANEL8; at += N * W) {
@@ -148,7 +167,7 @@ void scores8(const int8_t* k, int64_t depth, int64_t panels, const float* q, flo
     for (int64_t d = 0; d < depth; ++d, from += PANEL8) {
       Reg code[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) code[n] = signed_codes(from + n * W);
+      for (int n = 0; n < N; ++n) code[n] = codes8<BITS>(from + n * W);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         const Reg x = every(q[i * depth + d]);
@@ -163,7 +182,7 @@ void scores8(const int8_t* k, int64_t depth, int64_t panels, const float* q, flo
 }
 
 // sums[row, channel] += sum over tokens of w[row, token] * code; rows of values are `width` codes, a multiple of 16.
-template <int R, int N>
+template <int R, int N, int BITS>
 void values8(const int8_t* v, int64_t width, int64_t count, const float* w, int64_t ldw, float* sums) {
   Reg sum[R][N];
 #pragma GCC unroll 8
@@ -172,7 +191,7 @@ void values8(const int8_t* v, int64_t width, int64_t count, const float* w, int6
   for (int64_t j = 0; j < count; ++j, v += width) {
     Reg code[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) code[n] = signed_codes(v + n * W);
+    for (int n = 0; n < N; ++n) code[n] = codes8<BITS>(v + n * W);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const Reg x = every(w[i * ldw + j]);
@@ -367,37 +386,38 @@ template <int BITS>
 void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64_t begin, int64_t end, Scratch& own,
                    const Partial& to) {
   const int64_t rows = p.group_rows(), lds = CHUNK, bg = b * p.kv_heads + g;
-  const int64_t values = BITS == 8 ? up(p.width, 16) : p.width, runs = p.width / CHANNELS;
+  const int64_t values = BITS >= 8 ? up(p.width, 16) : p.width, runs = p.width / CHANNELS;
   own.scores.resize(rows * lds);
   float* s = own.scores.data();
   for (int64_t at = begin; at < end; at += CHUNK) {
     const int64_t count = std::min<int64_t>(CHUNK, end - at);
     if (!any_visible(p, b, g, at, count)) continue;
-    if constexpr (BITS == 8) {
+    if constexpr (BITS >= 8) {
+      const Reg unit = every(BITS == FLOATS ? 256.f : 1.f);
       const int64_t padded = up(count, PANEL8);
       own.weights.resize(rows * lds);
       const int8_t* k = reinterpret_cast<const int8_t*>(p.k_codes) + (bg * p.capacity + at) * p.depth;
       by_rows(rows, [&](auto n, int64_t i) {
-        scores8<n.value>(k, p.depth, padded / PANEL8, q + i * p.depth, s + i * lds, lds);
+        scores8<n.value, BITS>(k, p.depth, padded / PANEL8, q + i * p.depth, s + i * lds, lds);
       });
       const uint16_t *ks = p.k_scales + bg * p.capacity + at, *vs = p.v_scales + bg * p.capacity + at;
       for (int64_t j = 0; j < padded; j += W) {
-        const Reg scale = halves(ks + j);
+        const Reg scale = times(halves(ks + j), unit);
         for (int64_t i = 0; i < rows; ++i) store(s + i * lds + j, times(load(s + i * lds + j), scale));
       }
       restrict_scores(p, b, g, at, count, padded, s, lds);
       soften(p, s, lds, padded, to, values);
       float* w = own.weights.data();
       for (int64_t j = 0; j < padded; j += W) {
-        const Reg scale = halves(vs + j);
+        const Reg scale = times(halves(vs + j), unit);
         for (int64_t i = 0; i < rows; ++i) store(w + i * lds + j, times(load(s + i * lds + j), scale));
       }
       const int8_t* v = reinterpret_cast<const int8_t*>(p.v_codes) + (bg * p.capacity + at) * values;
       by_rows(rows, [&](auto n, int64_t i) {
         int64_t d = 0;
         for (; d + 4 * W <= values; d += 4 * W)
-          values8<n.value, 4>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
-        for (; d < values; d += W) values8<n.value, 1>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
+          values8<n.value, 4, BITS>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
+        for (; d < values; d += W) values8<n.value, 1, BITS>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
       });
     } else {
       const int64_t padded = up(count, PANEL), groups = p.capacity / p.group, spans = p.width / p.group;
@@ -558,8 +578,8 @@ uint16_t next_up(uint16_t bits) { return bits + 1; }  // of a number that is not
 uint16_t next_down(uint16_t bits) { return (bits & 0x7fff) == 0 ? 0x8001 : bits & 0x8000 ? bits + 1 : bits - 1; }
 constexpr uint16_t NAN16 = 0x7e00;
 
-// Scale of one row of symmetric 8-bit codes: the least half that leaves no code beyond 127.5.
-template <typename T>
+// Scale of one row of symmetric 8-bit codes: the half next to the quotient that leaves no code beyond what rounds to the largest.
+template <typename T, int BITS>
 uint16_t scale8(const T* x, int64_t count) {
   float most = 0.f;
   bool sound = true;
@@ -569,13 +589,16 @@ uint16_t scale8(const T* x, int64_t count) {
     sound = sound && finite(value);
   }
   if (!sound) return NAN16;
-  uint16_t scale = half_of(most / 127.f);
-  if (127.5f * wide(scale) < most) scale = next_up(scale);
+  constexpr float largest = BITS == FLOATS ? 448.f : 127.f, beyond = BITS == FLOATS ? 456.f : 127.5f;
+  uint16_t scale = half_of(most / largest);
+  if (beyond * wide(scale) < most) scale = next_up(scale);
   return scale;
 }
 
+template <int BITS>
 inline int8_t code8(float x, float scale) {
   if (!(scale > 0.f) || !finite(scale)) return 0;
+  if (BITS == FLOATS) return static_cast<int8_t>(c10::Float8_e4m3fn(std::clamp(x / scale, -448.f, 448.f)).x);
   return static_cast<int8_t>(std::clamp(std::nearbyint(x / scale), -127.f, 127.f));
 }
 
@@ -588,7 +611,7 @@ struct Append {
   void *k_recent, *v_recent;
 };
 
-template <typename T>
+template <typename T, int BITS>
 void append8(const Append& a) {
   const int64_t width = up(a.width, 16);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(a.threads) if (a.count > 64)
@@ -597,13 +620,13 @@ void append8(const Append& a) {
       const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads, at = a.length + t, place = bg * a.capacity + at;
       const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + g * a.k_stride[1] + t * a.k_stride[2];
       const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + g * a.v_stride[1] + t * a.v_stride[2];
-      a.k_scales[place] = scale8(k, a.depth);
-      a.v_scales[place] = scale8(v, a.width);
+      a.k_scales[place] = scale8<T, BITS>(k, a.depth);
+      a.v_scales[place] = scale8<T, BITS>(v, a.width);
       const float ks = wide(a.k_scales[place]), vs = wide(a.v_scales[place]);
       int8_t* panel = reinterpret_cast<int8_t*>(a.k_codes) + (bg * a.capacity + at / PANEL8 * PANEL8) * a.depth + at % PANEL8;
-      for (int64_t d = 0; d < a.depth; ++d) panel[d * PANEL8] = code8(static_cast<float>(k[d]), ks);
+      for (int64_t d = 0; d < a.depth; ++d) panel[d * PANEL8] = code8<BITS>(static_cast<float>(k[d]), ks);
       int8_t* row = reinterpret_cast<int8_t*>(a.v_codes) + place * width;
-      for (int64_t d = 0; d < a.width; ++d) row[d] = code8(static_cast<float>(v[d]), vs);
+      for (int64_t d = 0; d < a.width; ++d) row[d] = code8<BITS>(static_cast<float>(v[d]), vs);
     }
   }
 }
@@ -725,7 +748,7 @@ void by_type(int64_t dtype, F f) {
 
 }  // namespace
 
-// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result. Sizes and pointers in the order of use.
+// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result; bits 8, 4, 2 or FLOATS. Sizes and pointers in the order of use.
 extern "C" void eff_kv_attention(int64_t dtype, int64_t bits, const int64_t* sizes, const void* const* at, float scale, float softcap) {
   Problem p{};
   for (int64_t* field : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.depth, &p.width, &p.length, &p.fresh, &p.packed, &p.capacity,
@@ -745,6 +768,8 @@ extern "C" void eff_kv_attention(int64_t dtype, int64_t bits, const int64_t* siz
     using T = decltype(kind);
     if (bits == 8) {
       attend<T, 8>(p);
+    } else if (bits == FLOATS) {
+      attend<T, FLOATS>(p);
     } else if (bits == 4) {
       attend<T, 4>(p);
     } else {
@@ -768,7 +793,9 @@ extern "C" void eff_kv_append(int64_t dtype, int64_t bits, const int64_t* sizes,
   by_type(dtype, [&](auto kind) {
     using T = decltype(kind);
     if (bits == 8) {
-      append8<T>(a);
+      append8<T, 8>(a);
+    } else if (bits == FLOATS) {
+      append8<T, FLOATS>(a);
     } else if (bits == 4) {
       append_grouped<T, 4>(a);
     } else {

@@ -1,9 +1,11 @@
-"""Store keys and values as 8-bit integers with one half-precision scale a token and head.
+"""Store keys and values in 8 bits, integers or floats, with one half-precision scale a token and head.
 
 A token's vector x becomes round(x / scale) in [-127, 127], where scale is the half next to max |x| / 127 that leaves no code
-beyond 127.5, so the error is at most scale / 2. A vector that holds NaN or infinity gets a scale of NaN, and stays what no softmax
-survives. Keys lie in panels of 64 tokens, `[panel, channel, token]`, so that neighboring scores fill a register; values lie in
-rows, padded to 16 channels.
+beyond 127.5, so the error is at most scale / 2. Floats (e4m3: 4 bits of exponent, 3 of mantissa, up to 448) have an error of at
+most 1/16 of the element, or of scale / 1024 where that is more; their codes are kept as uint8, which every operation takes.
+
+A vector that holds NaN or infinity gets a scale of NaN, and stays what no softmax survives. Keys lie in panels of 64 tokens,
+`[panel, channel, token]`, so that neighboring scores fill a register; values lie in rows, padded to 16 channels.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from effcompile.ops import flash
 from effcompile.ops.attention import define
 from effcompile.ops.kv import common, native
 
-APPEND, ATTENTION = "eff::kv_append_int8_v1", "eff::kv_attention_int8_v1"
+APPEND, ATTENTION = "eff::kv_append_token8_v1", "eff::kv_attention_token8_v1"
 PANEL = 64  # tokens of a panel of keys
 ROW = 16  # what a row of values is padded to, in channels
+FLOATS = torch.float8_e4m3fn
 NAMES = ("k_codes", "v_codes", "k_scales", "v_scales")
 
 
@@ -30,7 +33,9 @@ def _up(value: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class PerToken8(Storage):
-    """Keep every token in 8 bits."""
+    """Keep every token in 8 bits: integers, or `floats`."""
+
+    floats: bool = False
 
     def capacity(self, tokens: int) -> int:
         """Return whole panels."""
@@ -38,17 +43,17 @@ class PerToken8(Storage):
 
     def tensors(self, shape: CacheShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return codes and scales of keys and values."""
-        lead = (shape.batch, shape.kv_heads)
+        lead, codes = (shape.batch, shape.kv_heads), torch.uint8 if self.floats else torch.int8
         return {
-            "k_codes": ((*lead, shape.capacity // PANEL, shape.head_dim, PANEL), torch.int8),
-            "v_codes": ((*lead, shape.capacity, _up(shape.value_dim, ROW)), torch.int8),
+            "k_codes": ((*lead, shape.capacity // PANEL, shape.head_dim, PANEL), codes),
+            "v_codes": ((*lead, shape.capacity, _up(shape.value_dim, ROW)), codes),
             "k_scales": ((*lead, shape.capacity), torch.float16),
             "v_scales": ((*lead, shape.capacity), torch.float16),
         }
 
     def append(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Add tokens through `eff::kv_append_int8_v1`."""
-        torch.ops.eff.kv_append_int8_v1.default(*(state[name] for name in NAMES), state["length"], k, v)
+        """Add tokens through `eff::kv_append_token8_v1`."""
+        torch.ops.eff.kv_append_token8_v1.default(*(state[name] for name in NAMES), state["length"], k, v)
 
     def attend(
         self,
@@ -63,9 +68,9 @@ class PerToken8(Storage):
         window: int,
         format: str,
     ) -> tuple[Tensor, Tensor]:
-        """Attend through `eff::kv_attention_int8_v1`."""
+        """Attend through `eff::kv_attention_token8_v1`."""
         tensors = (*(state[name] for name in NAMES), state["length"])
-        found: tuple[Tensor, Tensor] = torch.ops.eff.kv_attention_int8_v1.default(
+        found: tuple[Tensor, Tensor] = torch.ops.eff.kv_attention_token8_v1.default(
             q, k, v, *tensors, mask, causal, scale, softcap, window, format
         )
         return found
@@ -76,17 +81,20 @@ class PerToken8(Storage):
         return keys.to(dtype), values.to(dtype)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes int8 of x's shape, scales float16 without the last dimension) of vectors x `[..., D]`."""
+def quantize(x: Tensor, floats: bool = False) -> tuple[Tensor, Tensor]:
+    """Return (codes of x's shape, scales float16 without the last dimension) of vectors x `[..., D]`."""
+    largest, beyond = (448.0, 456.0) if floats else (127.0, 127.5)
     wide = x.float()
     most = wide.abs().amax(-1)
-    scale = (most / 127.0).half()
-    scale = torch.where(127.5 * scale.float() < most, next_up(scale), scale)
+    scale = (most / largest).half()
+    scale = torch.where(beyond * scale.float() < most, next_up(scale), scale)
     scale = torch.where(most <= torch.finfo(torch.float32).max, scale, torch.full_like(scale, float("nan")))
     by = scale.float()[..., None]
-    codes = (wide / by).round().clamp(-127, 127)
     usable = (by > 0) & (by <= torch.finfo(torch.float32).max)
-    return torch.where(usable, codes, torch.zeros_like(codes)).to(torch.int8), scale
+    codes = torch.where(usable, wide / by, torch.zeros_like(wide))
+    if floats:
+        return codes.clamp(-largest, largest).to(FLOATS).view(torch.uint8), scale
+    return codes.round().clamp(-largest, largest).to(torch.int8), scale
 
 
 def next_up(x: Tensor) -> Tensor:
@@ -98,8 +106,16 @@ def _read(state: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, Ten
     k_codes, v_codes, k_scales, v_scales = state
     first, last = start // PANEL, -(-stop // PANEL)
     panels = k_codes[:, :, first:last].transpose(3, 4).flatten(2, 3)
-    keys = panels[:, :, start - first * PANEL : stop - first * PANEL].float() * k_scales[:, :, start:stop, None].float()
-    return keys, v_codes[:, :, start:stop].float() * v_scales[:, :, start:stop, None].float()
+    keys, values = panels[:, :, start - first * PANEL : stop - first * PANEL], v_codes[:, :, start:stop]
+    if k_codes.dtype == torch.uint8:
+        keys, values = keys.view(FLOATS), values.view(FLOATS)
+    by_key, by_value = (x[:, :, start:stop, None].float() for x in (k_scales, v_scales))
+    return keys.float() * by_key, values.float() * by_value
+
+
+def _bits(codes: Tensor) -> int:
+    """Return how the compiled kernels name the codes."""
+    return 9 if codes.dtype == torch.uint8 else 8
 
 
 def append(
@@ -118,14 +134,13 @@ def append(
         before = int(length)
         common.check_room(before, count, capacity)
         if native.takes(k, v):
-            native.append(
-                8, k, v, [before, 0, 0, capacity, 0, 0], (k_codes, v_codes, k_scales, v_scales, None, None, None, None)
-            )
+            operands = (k_codes, v_codes, k_scales, v_scales, None, None, None, None)
+            native.append(_bits(k_codes), k, v, [before, 0, 0, capacity, 0, 0], operands)
             length.add_(count)
             return
     places = length + torch.arange(count, device=k.device)
     for codes, scales, x, panels in ((k_codes, k_scales, k, True), (v_codes, v_scales, v, False)):
-        code, scale = quantize(x)
+        code, scale = quantize(x, codes.dtype == torch.uint8)
         scales[:, :, places] = scale
         if panels:
             codes[:, :, places // PANEL, :, places % PANEL] = code.permute(2, 0, 1, 3)
@@ -166,7 +181,7 @@ def attention(
                 return common.attend_many(q, read, k, v, tokens, mask, causal, scale)
             sizes = [tokens, tokens - k.shape[2], capacity, 0, 0]
             operands = (*state, None, None, None, None)
-            return native.attend(8, q, k, v, mask, sizes, operands, causal, scale, softcap)
+            return native.attend(_bits(k_codes), q, k, v, mask, sizes, operands, causal, scale, softcap)
     keys, values = _read(state, 0, capacity)
     return common.attention(q, (keys, values[..., :width]), k, v, length, mask, causal, scale, softcap)
 
