@@ -142,11 +142,10 @@ def prepare(
     form = read_format(kv)
     _switch(model)
     kv_cache(model, form, capacity=capacity)  # what the format refuses is known here, before anything runs
-    first = "_eff_kv" not in model.__dict__
     model.__dict__["_eff_kv"] = Preparation(form, capacity, _places(type(model).forward), classes())
-    if first:
+    if "_eff_own_cache" not in model.__dict__:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
-        own = model._prepare_cache_for_generation
+        own = model.__dict__["_eff_own_cache"] = model._prepare_cache_for_generation
         model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare_for_generation, model, own)
     return model
 
@@ -240,8 +239,16 @@ def _prepare_for_generation(model: nn.Module, own: Callable[..., Any], *args: An
     config, inputs = given["generation_config"], given["model_kwargs"]
     wanted = config.use_cache is not False and config.cache_implementation in OWN
     if prepared is not None and wanted and inputs.get("past_key_values") is None:
-        capacity = max(given["max_cache_length"], getattr(config, "max_cache_len", None) or 0)
-        inputs["past_key_values"] = kv_cache(model, capacity=prepared.capacity or capacity)
+        needed = given["max_cache_length"]
+        if prepared.capacity is not None and prepared.capacity < needed:
+            raise EffError(
+                "EFF-K201",
+                f"generate may need {needed} tokens, and the model was prepared for {prepared.capacity}; nothing has run",
+                hint=f"capacity={needed} or more, or none at all",
+            )
+        inputs["past_key_values"] = kv_cache(
+            model, capacity=prepared.capacity or max(needed, getattr(config, "max_cache_len", None) or 0)
+        )
         return None
     return own(*args, **kwargs)
 

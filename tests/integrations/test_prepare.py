@@ -135,6 +135,9 @@ def test_plain_calls_and_generate_build_the_cache_by_themselves() -> None:
         assert more.shape == (2, 37)
         eff.prepare(model)
         assert type(model(ids).past_key_values).__name__ == "DynamicCache"
+        eff.prepare(model, kv="fp8")
+        assert [layer.spelled for layer in model(ids).past_key_values.packed] == ["fp8", "fp8"]
+        assert len(model._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,6 +167,8 @@ def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
     for layer, (keys, values) in zip(cache.packed, before):
         assert torch.equal(layer.read()[0], keys)
         assert torch.equal(layer.read()[1], values)
+    with pytest.raises(EffError, match=r"EFF-K201.*nothing has run"):
+        model.generate(words(1, 60), max_new_tokens=10)
     cache.crop(-10)
     assert cache.get_seq_length() == 50
     cache.reset()

@@ -50,7 +50,7 @@ def check_room(length: int, count: int, capacity: int) -> None:
 def check_mask(mask: Tensor | None, q: Tensor, length: int, causal: bool, fresh: int) -> None:
     """Raise EFF-K202 where a mask does not cover the queries and the tokens, or where causal order means nothing."""
     if mask is not None:
-        batch, heads, rows, columns = mask.shape
+        batch, heads, rows, columns = mask.shape if mask.dim() == 4 else (0, 0, 0, 0)
         fits = batch in (1, q.shape[0]) and heads in (1, q.shape[1]) and rows in (1, q.shape[2]) and columns >= length
         if not fits:
             wanted = f"[{q.shape[0]}, {q.shape[1]}, {q.shape[2]}, {length} or more]"
