@@ -52,7 +52,9 @@ inline Reg small_floats(const int8_t* p) {
 inline Ints bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 template <int SHIFT, int MASK>
 inline Reg field(Ints x) {
-  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, SHIFT), _mm512_set1_epi32(MASK)));
+  const Ints moved = SHIFT ? _mm512_srli_epi32(x, SHIFT) : x;
+  // Above the uppermost field of a byte there is nothing to mask.
+  return _mm512_cvtepi32_ps((MASK << SHIFT) >= 128 ? moved : _mm512_and_si512(moved, _mm512_set1_epi32(MASK)));
 }
 inline Reg halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline float total(Reg x) { return _mm512_reduce_add_ps(x); }
@@ -76,7 +78,8 @@ inline Reg small_floats(const int8_t* p) {
 inline Ints bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
 template <int SHIFT, int MASK>
 inline Reg field(Ints x) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, SHIFT), _mm256_set1_epi32(MASK)));
+  const Ints moved = SHIFT ? _mm256_srli_epi32(x, SHIFT) : x;
+  return _mm256_cvtepi32_ps((MASK << SHIFT) >= 128 ? moved : _mm256_and_si256(moved, _mm256_set1_epi32(MASK)));
 }
 inline Reg halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline float total(Reg x) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +13,23 @@ from torch import Tensor
 
 from effcompile.ops.native import DTYPES, build
 
+_LOCK = threading.Lock()
 
-@functools.cache
+
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be built; the first call in a cold cache takes seconds."""
+    with _LOCK:
+        return _built()
+
+
+def prefetch() -> None:
+    """Begin to build the kernels beside what the caller does next: a prompt is read before the first token is appended."""
+    if not _LOCK.locked() and not _built.cache_info().currsize:
+        threading.Thread(target=library, name="eff-native-kv", daemon=True).start()
+
+
+@functools.cache
+def _built() -> ctypes.CDLL | None:
     found = build("kv_cache.cpp")
     if found is not None:
         sizes, pointers, whole, real = ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_float
