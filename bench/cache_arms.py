@@ -72,7 +72,10 @@ def make_arm(name: str, plain: Any, prepared: Any, past: Past, capacity: int) ->
     function = plain if "-" not in name or "quantized" in name else _compiled(plain, name.partition("-")[2])
     # What a layer holds is replaced by the next update, or counted by a tensor.
     held = [
-        {key: value.clone() if key == "cumulative_length" else value for key, value in vars(layer).items()}
+        {
+            key: value.clone() if key == "cumulative_length" and isinstance(value, Tensor) else value
+            for key, value in vars(layer).items()
+        }
         for layer in cache.layers
     ]
 
