@@ -108,7 +108,9 @@ class SparseQuality(BaseCase):
         names = (DENSE, *(name for name in self.chosen_arms(settings) if name in policies))
         more: dict[str, Any] = {}
         with torch.no_grad(), _many_graphs(2 * len(names) + len(self.key_lengths)):
-            functions = {name: _function(loaded, policies.get(name, "")) for name in names}
+            # In decode a policy that is refused at every site, as under a mask that is not proved, must not pass for measured.
+            least = int(form == "decode")
+            functions = {name: _function(loaded, policies.get(name, ""), least) for name in names}
             if form == "text":
                 arms, spreads = self._text(loaded, {n: _call(f) for n, f in functions.items()}, length, settings, watch)
             elif form == "decode":
@@ -172,9 +174,9 @@ class SparseQuality(BaseCase):
 _Call = Callable[..., Tensor]
 
 
-def _function(loaded: ZooModel, policy: str) -> Function:
+def _function(loaded: ZooModel, policy: str, least: int) -> Function:
     # Quality is measured also at lengths at which a policy does not pay.
-    asked = {"attention": policy, "require": {"attention": 0}} if policy else {}
+    asked = {"attention": policy, "require": {"attention": least}} if policy else {}
     options: dict[str, Any] = {"strict": True, **asked}
     compiled: Function = torch.compile(loaded.model, backend="eff", options=options, dynamic=False)
     return compiled

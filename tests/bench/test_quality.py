@@ -112,7 +112,11 @@ def test_a_policy_is_scored_against_dense() -> None:
         steps=6,
     )
     settings = Settings(lengths=(256,), rounds=2, threads=1)
-    text, keys, steps = (case.measure(row, settings, Watch())[0] for row in case.rows(settings))
+    rows = {row.parameters["form"]: row for row in case.rows(settings)}
+    text, keys = (case.measure(rows[form], settings, Watch())[0] for form in ("text", "pass-key"))
+    # The mask of a StaticCache is not proved, so no policy runs in decode: that must not pass for a measurement.
+    with pytest.raises(Exception, match="EFF-A103"):
+        case.measure(rows["decode"], settings, Watch())
     for name in ("pydoc", "austen"):
         dense, narrow = (text["arms"][arm]["quality"][name] for arm in ("dense", "narrow"))
         assert (dense["kl"], dense["top1"]) == (0.0, 1.0)
@@ -121,14 +125,10 @@ def test_a_policy_is_scored_against_dense() -> None:
     # In so short a prompt the dense model itself misses a key here and there; behind a window of 32 it can find none.
     assert keys["arms"]["dense"]["pass_key"]["found"] >= 1
     assert keys["arms"]["narrow"]["pass_key"]["found"] == 0
-    assert set(steps["arms"]) == {"dense", "few"}
-    for name in ("pydoc", "austen"):
-        assert steps["arms"]["dense"]["quality"][name]["kl"] == 0.0
-        assert steps["arms"]["few"]["quality"][name]["kl"] > 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["text", "pass-key", "decode"])
+@pytest.mark.parametrize("form", ["text", "pass-key"])
 def test_every_arm_runs_compiled(form: str) -> None:
     """No arm of any form falls back: each is compiled, on tokens of the trained model, and reads what it was given."""
     pytest.importorskip("transformers")
