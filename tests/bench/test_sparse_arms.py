@@ -20,7 +20,7 @@ from effcompile.lowering.rates import read
 from effcompile.passes.attention.xattention import XAttention
 from effcompile.targets import cpu
 
-ZEN4 = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9))
+ZEN4 = Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9, vendor="amd"))
 SITE = AttentionSite("a", "attention", "f", "", "sdpa", 2, 9, 3, q_len=700, kv_len=700, mask=CAUSAL, scale=0.125)
 
 
@@ -53,8 +53,9 @@ def test_the_planner_reads_what_the_arms_measured(monkeypatch: pytest.MonkeyPatc
     ops.register()
     document = {"rows": rows("causal", (512, 1024))}
     about = {"about": "", **condense(document, {"float32": ZEN4.device.peak("float32")})}
-    rates = read("x86-64-avx512+bf16", about)
-    monkeypatch.setattr(estimate, "rates_of", lambda device: rates)
+    rates = read("amd-x86-64-avx512+bf16", about)
+    for name in ("rates_of", "nearest_rates"):
+        monkeypatch.setattr(estimate, name, lambda device: rates)
     found = [estimate.price_blocks(SITE, ZEN4, kept) for kept in (0.1, 0.2, 0.3, 0.7, 1.0)]
     assert {answer.tag for answer in found} == {"measured"}
     assert found[0].seconds < found[1].seconds < found[2].seconds < found[4].seconds
