@@ -130,9 +130,11 @@ def test_rows_are_really_dropped():
     _, fast = run(model, ids, padding)
     with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
         fast(ids, padding)
-    linear = [event.input_shapes[0] for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
-    assert len(linear) == 12
-    assert all(shape[0] == int(padding.sum()) for shape in linear)
+    # Where a layer's operand stands: whether oneDNN or torch runs it depends on the CPU.
+    places = {"mkldnn::_linear_pointwise": 0, "aten::mm": 0, "aten::addmm": 1}
+    linear = [event.input_shapes[places[event.name]] for event in profile.events() if event.name in places]
+    inside = [rows for rows, _ in linear if rows != len(ids)]  # the head reads one row a sequence
+    assert inside == [int(padding.sum())] * 12
 
 
 @pytest.mark.parametrize("read", ["hidden", "plain_mean", "last", "wrong_weight", "mixed_rows"])
