@@ -138,6 +138,7 @@ def test_gradients_past_a_vmap_that_needs_none() -> None:
     assert eff.report()["graphs"]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch 2.15's own jvp
 @pytest.mark.parametrize(
     "function",
     [
