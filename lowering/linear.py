@@ -5,7 +5,7 @@ transformer layers (bench/results/amd-x86-64-avx512+bf16/linear-table.json). The
 it inside the call, so that an updated weight is seen. That packing costs small layers with few rows more than it gains; where it
 pays is looked up in the table that was measured on this family of CPUs (`rates.py`), by the widths of the nearest measured layer.
 On a CPU that is not in the table the layers stay with torch: on an Intel CPU, where MKL takes its own best code, oneDNN everywhere
-made a whole prefill of SmolLM2 0.92 times as fast.
+made a whole prefill of SmolLM2 0.92 times as fast as eager in one run of `eff demo`.
 """
 
 from __future__ import annotations

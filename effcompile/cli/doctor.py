@@ -84,12 +84,14 @@ def _kernels() -> Check:
     import warnings
 
     from effcompile.ops import native
+    from effcompile.ops.kv import native as caches
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        failed = [source for source in native.KERNELS if native.library(source) is None]
+        built = {source: native.library(source) for source in native.KERNELS} | {"kv_cache": caches.library()}
+    failed = [source for source, library in built.items() if library is None]
     if not failed:
-        return Check("C++ kernels", "ok", f"{', '.join(native.KERNELS)} built")
+        return Check("C++ kernels", "ok", f"{', '.join(built)} built")
     reasons = [str(item.message) for item in caught if "could not be compiled" in str(item.message)]
     text = reasons[0] if reasons else "no vector instructions found, or no compiler"
     return Check("C++ kernels", "warn", f"without {', '.join(failed)}: {text}", "eff cache verify --fix")
