@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.report import machine, replace_results
+from bench.report import circumstances, replace_results
 from effcompile.core.errors import EffError
 
 DENSE = "dense"
@@ -25,9 +25,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         made = {"text": _texts, "pass-key": _pass_keys, "decode": _steps}[form](row)
         size = f"{row['parameters']['length']:,} tokens, {row['parameters']['dtype']}"
         parts.append(f"### {_TITLES[form]}, {size}\n\n{made}")
-    parts.append(
-        "\n".join(f"measured: {text}  " for text in dict.fromkeys(machine(m) for m in document["runs"].values()))
-    )
+    parts.append("\n".join(f"measured: {text}  " for text in circumstances(document)))
     return "\n\n".join(parts)
 
 

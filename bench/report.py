@@ -118,22 +118,35 @@ def _note(notes: list[str], text: str) -> str:
 
 def caption(document: Mapping[str, Any]) -> str:
     """Return what a case measures and the circumstances of its runs, a line each."""
-    lines = [document["about"]]
+    return "\n".join([document["about"], *circumstances(document)])
+
+
+def circumstances(document: Mapping[str, Any]) -> list[str]:
+    """Return a line for each set of runs that differ in the commit alone: date, chip, threads, versions, commits."""
+    commits: dict[str, list[str]] = {}
     for manifest in document["runs"].values():
-        lines.append(machine(manifest))
-    return "\n".join(dict.fromkeys(lines))
+        known = commits.setdefault(machine(manifest), [])
+        if (name := commit(manifest)) not in known:
+            known.append(name)
+    return [
+        f"{text}, {'commits' if len(names) > 1 else 'commit'} {', '.join(names)}" for text, names in commits.items()
+    ]
 
 
 def machine(manifest: Mapping[str, Any]) -> str:
-    """Return one line: date, chip, threads, versions and commit of a run."""
+    """Return one line: date, chip, threads and versions of a run."""
     versions = manifest["versions"]
     peers = ", ".join(
         f"{name} {versions[name]}"
         for name in ("torch", "transformers", "onnxruntime", "openvino")
         if versions.get(name)
     )
-    commit = (manifest["commit"].get("hash") or "unknown")[:10] + ("+" if manifest["commit"].get("modified") else "")
-    return f"{manifest['date'][:10]}, {chip(manifest)}, {manifest['threads']} threads, {peers}, commit {commit}"
+    return f"{manifest['date'][:10]}, {chip(manifest)}, {manifest['threads']} threads, {peers}"
+
+
+def commit(manifest: Mapping[str, Any]) -> str:
+    """Return the commit of a run, with a plus where the working tree was changed."""
+    return (manifest["commit"].get("hash") or "unknown")[:10] + ("+" if manifest["commit"].get("modified") else "")
 
 
 def chip(manifest: Mapping[str, Any]) -> str:
@@ -179,7 +192,7 @@ def section(document: Mapping[str, Any]) -> str:
         lines.append(
             f"Rounds: {', '.join(map(str, rounds))}; widest quartile range {100 * widest:.1f} % of its median.  "
         )
-    lines += [f"measured: {text}  " for text in dict.fromkeys(machine(m) for m in document["runs"].values())]
+    lines += [f"measured: {text}  " for text in circumstances(document)]
     return "\n".join(lines).rstrip()
 
 

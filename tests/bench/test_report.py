@@ -23,6 +23,18 @@ def test_markdown_has_figures_ratios_tags_and_reasons() -> None:
     assert "measured: 2030-01-01, Chip (avx), 2 threads, torch 2.13.0, commit abcdef0123" in text
 
 
+def test_runs_that_differ_in_the_commit_alone_share_a_line() -> None:
+    made = document()
+    first = next(iter(made["runs"].values()))
+    made["runs"]["later"] = first | {"commit": {"hash": "1234567890abc", "modified": True}}
+    made["runs"]["again"] = made["runs"]["later"]
+    made["runs"]["other"] = first | {"date": "2030-03-03T00:00:00+00:00"}
+    assert report.circumstances(made) == [
+        "2030-01-01, Chip (avx), 2 threads, torch 2.13.0, commits abcdef0123, 1234567890+",
+        "2030-03-03, Chip (avx), 2 threads, torch 2.13.0, commit abcdef0123",
+    ]
+
+
 def test_tables_of_kernels_stay_out_of_the_readme() -> None:
     assert "Demo" not in report.markdown([document() | {"headline": False}])
 
