@@ -20,36 +20,27 @@ from tests.support.hf_zoo import Call, MatrixCase, cases, outputs, run_call, tra
 from tests.support.hf_zoo.golden import PATH, recorded, render, torch_minor
 
 ACCEPT = "python -m tests.support.hf_zoo --accept"
-WHOLE = ("llama", "gemma3", "t5")  # cases whose every call is traced in the quick run
+WHOLE = ("llama", "gemma3", "t5")  # the matrix is checked on these in the quick run, on the others in `make test-all`
 MASKS = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
 
-every_case = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+
+def marks(case: MatrixCase) -> list[pytest.MarkDecorator]:
+    """Return the mark of a case that the quick run leaves out: these tests check what other tests compare with."""
+    return [] if case.name in WHOLE else [pytest.mark.slow]
 
 
-def calls_that(
-    keep: Callable[[Call], bool], quick: Callable[[MatrixCase, Call], bool] | None = None
-) -> pytest.MarkDecorator:
-    """Parametrize by the calls of all cases that `keep` wants, and mark as slow what `quick`, if given, does not."""
+every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in cases()])
+
+
+def calls_that(keep: Callable[[Call], bool]) -> pytest.MarkDecorator:
+    """Parametrize by the calls of all cases that `keep` wants."""
     pairs = [
-        pytest.param(
-            case,
-            call,
-            id=f"{case.name}-{call.name}",
-            marks=[pytest.mark.slow] if quick is not None and not quick(case, call) else [],
-        )
+        pytest.param(case, call, id=f"{case.name}-{call.name}", marks=marks(case))
         for case in cases()
         for call in case.calls
         if keep(call)
     ]
     return pytest.mark.parametrize(("case", "call"), pairs)
-
-
-def traces_in_its_own_way(case: MatrixCase, call: Call) -> bool:
-    """Choose what shows each spelling of attention once: plain and padded; the other calls differ in shared code."""
-    if case.name in WHOLE:
-        return True
-    padded = [other for other in case.calls if other.name.endswith("pad") and other.decode is None]
-    return call is case.calls[0] or (case.twin is None and call in padded[:1])
 
 
 def arguments(call: Call) -> dict[str, Any]:
@@ -126,7 +117,7 @@ def test_decoding_continues_the_prompt(case: MatrixCase, call: Call) -> None:
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
-@calls_that(lambda call: True, quick=traces_in_its_own_way)
+@calls_that(lambda call: True)
 def test_plain_dynamo_is_equal_and_as_recorded(case: MatrixCase, call: Call) -> None:
     module = case.build()
     expected = run_call(module, case, call)
