@@ -390,7 +390,7 @@ def show(expr: Expr) -> str:
         return f"n{expr.value}"
     args = [show(arg) for arg in expr.args]
     if expr.op == "load":
-        return f"t{expr.value}[{', '.join(args)}]"
+        return f"t{expr.value}[{', '.join(args)}]" if args else f"t{expr.value}"
     if expr.op in _INFIX:
         return "(" + f" {_INFIX[expr.op]} ".join(args) + ")"
     if expr.op == "to":

@@ -87,7 +87,8 @@ def evaluate(
         if node.op == "size":
             return torch.full((), sizes[int(node.value or 0)], dtype=INT, device=device)
         if node.op == "load":
-            return loads[int(node.value or 0)]
+            value = loads[int(node.value or 0)]  # a tensor without dimensions
+            return value.to(INT) if node.dtype == INT else value
         assert node.value is not None
         return torch.full((), node.value, dtype=node.dtype, device=device)
 

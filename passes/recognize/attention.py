@@ -138,7 +138,7 @@ class _Raiser:
             if isinstance(mask, Mask) and match.causal:
                 mask = CAUSAL if mask.is_full else mask
             known = isinstance(mask, Mask)
-            loads = list(read.loads) if known else []
+            loads = [self._held(node, read) for node in read.loads] if known else []
             sizes = [edit.symbolic(expr) for expr in read.sizes] if known else []
             if read.element is None:
                 given = self._tensor(match, shape, keys)
@@ -237,7 +237,15 @@ class _Raiser:
                 mask = replace(mask, empty_row=rule)
         except Unreadable as refusal:
             return ReadMask(Opaque(str(refusal), str(match.terms[-1].node.meta["val"].dtype).removeprefix("torch.")))
-        return ReadMask(mask, tuple(reader.loads), tuple(reader.sizes), tuple(reader.pinned))
+        slots = (tuple(reader.loads), tuple(reader.sizes), tuple(reader.pinned))
+        return ReadMask(mask, *slots, snapshots=tuple(reader.snapshots))
+
+    def _held(self, node: fx.Node, read: ReadMask) -> fx.Node:
+        """Return the value that a load reads: the node, or a copy made right after it where the node is written later."""
+        if node not in read.snapshots:
+            return node
+        edit = self.edit
+        return edit.shared(("snapshot", node), (node,), lambda: edit.call(torch.ops.aten.clone.default, node))
 
     def _may_be_infinite(self, reader: Reader, bias: Expr) -> bool:
         """Tell whether an addend reads floating-point data, which may hold -inf for a whole row; weights do not."""

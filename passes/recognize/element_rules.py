@@ -235,7 +235,7 @@ def _extreme(name: str) -> Rule:
 
     def rule(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
         if len(node.args) != 2 or not isinstance(node.args[1], fx.Node):
-            return reader.leaf(node, index)
+            return reader.leaf(node, index, at)
         return _combine(name, [reader.element(arg, index, at) for arg in node.args], checked(node))
 
     return rule

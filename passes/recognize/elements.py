@@ -2,7 +2,9 @@
 
 `Reader.element(node, index)` answers "what is node[index]?" without looking at example values. An op that has a rule is
 looked through; any other node is a *load*: its elements are taken as they are. In-place writes are honoured: a read sees
-exactly the writes that precede its consumer. What cannot be proved raises `Unreadable`, and the mask stays opaque.
+exactly the writes that precede its consumer. A small integer tensor that is written after it was read, such as the counter of a
+static cache, is loaded from a *snapshot*: a copy made where the tensor came to be, which no write reaches. What cannot be proved
+raises `Unreadable`, and the mask stays opaque.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from effcompile.passes.recognize.aliases import Aliases, Write, shares, written
 Index = tuple[Expr, ...]
 Rule = Callable[["Reader", fx.Node, Index, int], Expr]
 _INTEGERS = (torch.int64, torch.int32)
+_SMALL = 64  # elements: counters, one for each sequence at most; a copy of anything larger is no trifle
 
 
 class Unreadable(Exception):
@@ -47,12 +50,16 @@ def is_write(node: fx.Node) -> bool:
 
 @dataclass
 class Reader:
-    """Walk one graph; `loads` and `sizes` collect the operands that expressions refer to by slot."""
+    """Walk one graph; `loads` and `sizes` collect the operands that expressions refer to by slot.
+
+    `snapshots` are those loads that stand for what the node held where it came to be: it is written later.
+    """
 
     graph: fx.Graph
     rules: dict[str, Rule]
     buffers: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
     loads: list[fx.Node] = field(default_factory=list)
+    snapshots: list[fx.Node] = field(default_factory=list)
     sizes: list[Any] = field(default_factory=list)
     pinned: list[fx.Node] = field(default_factory=list)
     extents: tuple[Any, ...] = ()  # of batch, heads, queries and keys, where known
@@ -138,7 +145,7 @@ class Reader:
         if not shares(node, node.args[0] if node.args else None):
             at = self.order[node]  # a copy holds what its source held when it was made
         rule = self.rules.get(op_name(node))
-        return self.leaf(node, index) if rule is None or is_write(node) else rule(self, node, index, at)
+        return self.leaf(node, index, at) if rule is None or is_write(node) else rule(self, node, index, at)
 
     @contextlib.contextmanager
     def unsure(self) -> Iterator[None]:
@@ -166,16 +173,19 @@ class Reader:
 
         return tuple(moved(place, extent) for place, extent in zip(index, shape))
 
-    def leaf(self, node: fx.Node, index: Index) -> Expr:
-        """Return a load of a tensor that exists anyway; a tensor over query x key positions is refused."""
+    def leaf(self, node: fx.Node, index: Index, at: int) -> Expr:
+        """Return a load of a tensor that exists anyway, as position `at` sees it; one over query x key positions is refused."""
         value = node.meta["val"]
-        if any(write.at > self.order[node] for write in self.aliases.writes(node)):
+        later = any(write.at > self.order[node] for write in self.aliases.writes(node))
+        if later and not self._may_copy(node, at):
             raise Unreadable(f"`{node.name}` is written in place after the mask read it")
         number = self._written_number(node)
         if number is not None:
             return number
+        if later and node not in self.snapshots:
+            self.snapshots.append(node)
         known = self.buffers(node)
-        if known is not None and readable(known):
+        if known is not None and readable(known) and not later:
             proved = triangle(known, index)
             if proved is not None:
                 self.pinned.append(node)
@@ -195,6 +205,14 @@ class Reader:
         if node not in self.loads:
             self.loads.append(node)
         return load(self.loads.index(node), index, INT if value.dtype in _INTEGERS else value.dtype)
+
+    def _may_copy(self, node: fx.Node, at: int) -> bool:
+        """Tell whether a copy of `node`, made where it came to be, is small and holds what the node holds at position `at`."""
+        value = node.meta["val"]
+        small = all(isinstance(n, int) for n in value.shape) and value.numel() <= _SMALL
+        if value.layout != torch.strided or value.dtype not in (BOOL, *_INTEGERS) or not small:
+            return False
+        return self.aliases.written_between(node, self.order[node], at) is None
 
     def _written_number(self, node: fx.Node) -> Expr | None:
         """Return the number that the source spells as a 0-dimensional tensor: a part of the program, not of its data."""
@@ -225,7 +243,8 @@ class Reader:
 
     def _unwritten(self, root: fx.Node, index: Index, at: int) -> Expr:
         rule = self.rules.get(op_name(root))
-        return self.leaf(root, index) if rule is None else rule(self, root, index, self.order[root])
+        at = self.order[root]
+        return self.leaf(root, index, at) if rule is None else rule(self, root, index, at)
 
     def _written(self, write: Write, index: Index) -> Expr:
         name = op_name(write.node)

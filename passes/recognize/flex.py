@@ -126,7 +126,10 @@ def _read(node: fx.Node, given: dict[str, Any], shape: Sequence[Any], reader: Re
     q_len, k_len = reader.number(shape[2]), reader.number(shape[3])
     mask = split(element, q_len, k_len, "zero", wide, score.added)
     nodes = (*reader.pinned, *pinned)
-    return ReadMask(mask, tuple(reader.loads), tuple(reader.sizes), tuple(dict.fromkeys(nodes)), element), score
+    found = ReadMask(
+        mask, tuple(reader.loads), tuple(reader.sizes), tuple(dict.fromkeys(nodes)), element, tuple(reader.snapshots)
+    )
+    return found, score
 
 
 def _single(expr: Expr, shape: Sequence[Any]) -> Expr:

@@ -34,7 +34,7 @@ def _looked_up(reader: Reader, source: fx.Node, index: Index, at: int) -> Expr:
     """Read at computed places; torch wraps negative ones, so only provably non-negative places are looked through."""
     if all(never_negative(place) for place in index):
         return reader.element(source, index, at)
-    return reader.leaf(source, index)
+    return reader.leaf(source, index, at)
 
 
 def never_negative(place: Expr) -> bool:
@@ -61,7 +61,7 @@ def _embedding(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
 def _repeat_interleave(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     if not isinstance(times, int) or not isinstance(dim, int):
-        return reader.leaf(node, index)
+        return reader.leaf(node, index, at)
     dim %= len(index)
     moved = apply("floordiv", index[dim], const(times))
     return reader.element(node.args[0], (*index[:dim], moved, *index[dim + 1 :]), at)
@@ -75,7 +75,7 @@ def _cumsum(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     anywhere = (*index[:dim], _ANYWHERE, *index[dim + 1 :])
     step = apply("to", reader.element(source, anywhere, at), dtype=checked(node))
     if not step.is_const or step.dtype != INT:
-        return reader.leaf(node, index)
+        return reader.leaf(node, index, at)
     return apply("mul", apply("add", index[dim], const(1)), step)
 
 
@@ -85,7 +85,7 @@ def _diff(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
     assert isinstance(source, fx.Node)
     dim = int(argument(node, 2, "dim", -1)) % len(index)
     if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None or dtype_of(node) not in _INTEGERS:
-        return reader.leaf(node, index)
+        return reader.leaf(node, index, at)
 
     def moved(place: Expr) -> Index:
         return (*index[:dim], place, *index[dim + 1 :])
@@ -95,14 +95,14 @@ def _diff(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:
         after = reader.element(source, moved(apply("add", here, const(1))), at)
         return apply("sub", after, reader.element(source, moved(here), at))
     if reader.shape(prepend)[dim] != 1:
-        return reader.leaf(node, index)
+        return reader.leaf(node, index, at)
     before = reader.element(source, moved(apply("sub", here, const(1))), at)
     now = reader.element(source, index, at)
     first = apply("sub", reader.element(source, moved(const(0)), at), reader.element(prepend, moved(const(0)), at))
     step = apply("sub", now, before)
     if step == first:
         return step
-    return reader.leaf(node, index)
+    return reader.leaf(node, index, at)
 
 
 def _cat(reader: Reader, node: fx.Node, index: Index, at: int) -> Expr:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from effcompile.core.expr import BOOL, FALSE, TRUE, Expr, apply, invert
+from effcompile.core.expr import BOOL, FALSE, KEY, QUERY, TRUE, Expr, apply, axes_of, axis, const, invert, linear
 from effcompile.core.mask import AnyMask, EmptyRow, Mask, diagonal_kept, settle
 from effcompile.passes.recognize.elements import Unreadable
 
@@ -26,13 +26,17 @@ _LARGEST = 48  # sub-expressions; beyond it a predicate costs more than the tens
 
 @dataclass(frozen=True)
 class ReadMask:
-    """Hold a recovered mask with the graph values its slots refer to; `element` where no tensor of the graph holds it."""
+    """Hold a recovered mask with the graph values its slots refer to; `element` where no tensor of the graph holds it.
+
+    `snapshots` are the loads that mean what the node held where it came to be, before any write to it.
+    """
 
     mask: AnyMask
     loads: tuple[fx.Node, ...] = ()
     sizes: tuple[Any, ...] = ()
     pinned: tuple[fx.Node, ...] = ()
     element: Expr | None = None
+    snapshots: tuple[fx.Node, ...] = ()
 
 
 def split(expr: Expr, q_len: Expr, k_len: Expr, empty_row: EmptyRow, dtype: torch.dtype, added: bool = True) -> Mask:
@@ -82,12 +86,28 @@ def _softened(soft: Expr, keep: Expr) -> Expr:
 def _finish(
     keep: Expr, bias: Expr | None, fill: str, empty_row: EmptyRow, soft: Expr, q_len: Expr, k_len: Expr
 ) -> Mask:
-    keep = settle(keep, q_len, k_len)
+    keep = settle(ordered(keep) if q_len == const(1) else keep, q_len, k_len)
     if keep == FALSE:
         raise Unreadable("the mask keeps no key at all")
     if keep == TRUE or diagonal_kept(keep, q_len, k_len):
         return Mask(keep, bias, fill, "never")
     return Mask(keep, bias, fill, empty_row, soft)
+
+
+def ordered(keep: Expr) -> Expr:
+    """Write limits of the keys of a single query as causal order and windows are written: k <= e is k <= q + e where q is 0.
+
+    A tensor of one row says nothing of q. With it the mask has its usual name, and kernels find the range of keys that they read.
+    """
+    if keep.op == "and":
+        return apply("and", *map(ordered, keep.args))
+    if keep.op != "le" or QUERY in axes_of(keep):
+        return keep
+    slack = apply("sub", keep.args[1], keep.args[0])
+    factor = linear(slack)[0].get(axis(KEY), 0)
+    if abs(factor) != 1 or any(KEY in axes_of(atom) for atom in linear(slack)[0] if atom != axis(KEY)):
+        return keep
+    return apply("le", const(0), apply("sub", slack, apply("mul", axis(QUERY), const(factor))))
 
 
 def _least(dtype: torch.dtype) -> float:

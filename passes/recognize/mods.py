@@ -48,7 +48,7 @@ class ModReader(Reader):
         assert self.outer is not None
         return self.outer._symbolic(expr, environment)
 
-    def leaf(self, node: fx.Node, index: Index) -> Expr:
+    def leaf(self, node: fx.Node, index: Index, at: int) -> Expr:
         """Return an axis, or an element of a captured value as the calling graph sees it."""
         assert self.outer is not None
         value = self.bound.get(node)
@@ -58,7 +58,9 @@ class ModReader(Reader):
             with self.outer.unsure() if self._unsure else _sure():
                 if all(map(never_negative, index)):
                     return self.outer.element(value, index, self.at)
-                return self.outer.leaf(value, index)  # torch counts a negative place from the end, and so does a load
+                return self.outer.leaf(
+                    value, index, self.at
+                )  # torch counts a negative place from the end, and so does a load
         number = self._written_number(node)
         if number is None:
             what = "the score itself" if node in self.bound else f"`{op_name(node) or node.name}`"
