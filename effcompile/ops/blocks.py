@@ -90,16 +90,16 @@ def _padded_slice(
         if causal:
             places = torch.arange(begin, end, device=q.device)
             mask = mask & (places[None, :] <= torch.arange(first, rows, device=q.device)[:, None])
-        out[:, :, first:] = _sdpa(q[:, :, first:], keys, values, mask, False, scale, sinks)
+        out[:, :, first:] = flash(q[:, :, first:], keys, values, mask, False, scale, sinks)
     elif causal:
-        out[:, :, first:end] = _sdpa(q[:, :, first:end], keys, values, None, True, scale, sinks)
+        out[:, :, first:end] = flash(q[:, :, first:end], keys, values, None, True, scale, sinks)
         if end < rows:
-            out[:, :, end:] = _sdpa(q[:, :, end:], keys, values, None, False, scale, sinks)
+            out[:, :, end:] = flash(q[:, :, end:], keys, values, None, False, scale, sinks)
     else:
-        out[:] = _sdpa(q, keys, values, None, False, scale, sinks)
+        out[:] = flash(q, keys, values, None, False, scale, sinks)
 
 
-def _sdpa(
+def flash(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -108,6 +108,7 @@ def _sdpa(
     scale: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Return torch's attention over keys that are all read, or those that `mask` keeps, scaled where there are sinks."""
     if sinks is not None:
         out, lse = flash_cpu(q, k, v, mask, causal, scale)
         return out.mul_(gate(lse, sinks))
@@ -157,7 +158,7 @@ def attention_blocked(
             if begin == end:
                 mine[:] = empty_rows(v[part], heads // k.shape[1], empty_row, sinks)
                 continue
-            mine[:] = _sdpa(q[part, :, lines], k[part, :, begin:end], v[part, :, begin:end], tile, False, scale, sinks)
+            mine[:] = flash(q[part, :, lines], k[part, :, begin:end], v[part, :, begin:end], tile, False, scale, sinks)
             if tile is not None and empty_row in ("uniform", "nan"):
                 gone = ~tile.any(-1, keepdim=True)
                 if bool(gone.any()):
