@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from effcompile.core.rewrite import copy_graph
 
 _ENTER, _LEAVE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
+_PREPARE = "lazy_load_decompositions"  # says nothing of values; torch 2.11 records it again and again
 _TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting", "_func_increment_nesting")
 _REGION = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
@@ -68,6 +69,8 @@ def without_vmap(gm: fx.GraphModule, mode: Any) -> fx.GraphModule:
                 old.replace_all_uses_with(new, delete_user_cb=lambda user, own=inside: user not in own)
         for node in reversed(region):
             module.graph.erase_node(node)
+    for node in [node for node in module.graph.nodes if _called(node) == _PREPARE]:
+        module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
     return module

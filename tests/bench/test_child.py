@@ -21,6 +21,7 @@ def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     assert run_child(request, tmp_path) == {"error": "KeyError: 'nobody'"}
 
 
+@pytest.mark.slow
 def test_memory_of_an_arm_is_read_in_its_own_process(tmp_path: Path) -> None:
     request = {
         "task": "memory",
@@ -38,6 +39,7 @@ def test_memory_of_an_arm_is_read_in_its_own_process(tmp_path: Path) -> None:
     assert found["rise"] is None or found["rise"] == found["call_peak"] - found["before"]
 
 
+@pytest.mark.slow
 def test_a_compilation_is_timed_from_an_empty_cache(tmp_path: Path) -> None:
     request = {
         "task": "compile",

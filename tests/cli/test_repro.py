@@ -36,6 +36,7 @@ def test_the_compiled_model_is_checked_too(capsys: pytest.CaptureFixture[str]) -
     assert done.value["rows"][-1]["stage"] == "eff"
 
 
+@pytest.mark.slow
 def test_the_minifier_writes_a_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run(capsys, "repro", "tests.cli.samples:plain", *WRONG, "--no-compile", "--minify", tmp_path, "--json")
     assert done.code == 1

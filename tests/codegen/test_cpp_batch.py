@@ -60,6 +60,7 @@ def test_all_kernels_of_a_module_are_one_file() -> None:
     assert files() == [source]
 
 
+@pytest.mark.slow
 def test_many_kernels_are_split_among_the_compile_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_batch, "_LEAST", 1)
     check()

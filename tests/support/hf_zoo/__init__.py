@@ -10,8 +10,19 @@ plain Dynamo; the record documents, and a claim about another backend compares w
 """
 
 from tests.support.hf_zoo.catalog import case, cases
-from tests.support.hf_zoo.dynamo import Trace, trace_call
+from tests.support.hf_zoo.dynamo import Trace, lost_by_dynamo, trace_call
 from tests.support.hf_zoo.matrix import Call, Decode, MatrixCase, outputs
 from tests.support.hf_zoo.run import run_call
 
-__all__ = ["Call", "Decode", "MatrixCase", "Trace", "case", "cases", "outputs", "run_call", "trace_call"]
+__all__ = [
+    "Call",
+    "Decode",
+    "MatrixCase",
+    "Trace",
+    "case",
+    "cases",
+    "lost_by_dynamo",
+    "outputs",
+    "run_call",
+    "trace_call",
+]
