@@ -22,7 +22,7 @@ from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.policy import read_policy
 from effcompile.core.site import CacheSite
-from effcompile.ops.kv import native
+from effcompile.ops import native
 from effcompile.runtime.kv_cache import LayerCache
 
 INTERFACE = "eff"
@@ -144,7 +144,7 @@ def prepare(
     _switch(model)
     kv_cache(model, form, capacity=capacity)  # what the format refuses is known here, before anything runs
     if model.device.type == "cpu":
-        native.prefetch()
+        native.prefetch((native.CACHES,))
     model.__dict__["_eff_kv"] = Preparation(form, capacity, _places(type(model).forward), classes())
     if "_eff_own_cache" not in model.__dict__:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)

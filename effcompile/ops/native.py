@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,14 +18,17 @@ from importlib import resources
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BLOCKS, SCORES, PAGES, PROBES = "attention_blocks", "block_scores", "pages", "probes"
+BLOCKS, SCORES, PAGES, PROBES, CACHES = "attention_blocks", "block_scores", "pages", "probes", "kv_cache"
 KERNELS = {
-    BLOCKS: ("eff_attention_blocks",),
-    SCORES: ("eff_antidiagonal_mass", "eff_top_cdf"),
-    PAGES: ("eff_choose_pages", "eff_page_attention"),
-    PROBES: ("eff_probe", "eff_block_means"),
+    BLOCKS: {"eff_attention_blocks": 1},
+    SCORES: {"eff_antidiagonal_mass": 1, "eff_top_cdf": 1},
+    PAGES: {"eff_choose_pages": 1, "eff_page_attention": 1},
+    PROBES: {"eff_probe": 1, "eff_block_means": 1},
+    CACHES: {"eff_kv_attention": 2, "eff_kv_append": 0},
 }
-"""The kernels of each source in `cpp/`."""
+"""The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
+_FILES = {CACHES: ("codes.h", "kv_products.h", "kv_attention.cpp", "kv_append.cpp")}
+"""The files of a source in `cpp/` behind `registers.h`, where they are not `tiles.h` and one of its own name."""
 _LOCK = threading.Lock()
 
 
@@ -55,13 +59,13 @@ def prefetch(sources: Iterable[str] = (BLOCKS,)) -> None:
 
 @functools.cache
 def _built(source: str) -> ctypes.CDLL | None:
-    found = build("tiles.h", f"{source}.cpp")
+    found = build("registers.h", *_FILES.get(source, ("tiles.h", f"{source}.cpp")))
     if found is None:
         return None
-    for name in KERNELS[source]:
+    for name, floats in KERNELS[source].items():
         kernel = getattr(found, name)
         kernel.restype = None
-        kernel.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
+        kernel.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_float] * floats]
     return found
 
 
@@ -98,11 +102,12 @@ def call(
     dtype: torch.dtype,
     sizes: Sequence[int],
     operands: Sequence[torch.Tensor | None],
-    number: float,
+    *numbers: float,
 ) -> None:
     """Run a kernel; sizes and operands are in the order that its C++ source gives."""
     kernels = library(source)
     assert kernels is not None
-    numbers = (ctypes.c_int64 * len(sizes))(*sizes)
-    pointers = (ctypes.c_void_p * len(operands))(*(None if t is None else t.data_ptr() for t in operands))
-    getattr(kernels, kernel)(DTYPES[dtype], numbers, pointers, number)
+    # Packed by struct: arrays of ctypes take longer to fill than a short attention takes.
+    packed = struct.pack(f"={len(sizes)}q", *sizes)
+    pointers = struct.pack(f"={len(operands)}Q", *(0 if t is None else t.data_ptr() for t in operands))
+    getattr(kernels, kernel)(DTYPES[dtype], packed, pointers, *numbers)
