@@ -19,6 +19,16 @@ FORMATS: Mapping[str, str] = {
     "kivi-2": "kivi{bits=2,group=32,residual=128}",
 }
 """What is measured, by the name of its arm."""
+EVICTIONS: Mapping[str, tuple[str, str]] = {
+    "sink-window": ("plain", "sink-window{{window={rest},sinks=4}}"),
+    "snapkv": ("plain", "snapkv{{budget={half},window={few}}}"),
+    "snapkv-kivi-4": ("kivi{bits=4,group=32,residual=128}", "snapkv{{budget={half},window={few}}}"),
+    "expected-attention": ("plain", "expected-attention{{keep=0.5,least=16}}"),
+    "keyformer": ("plain", "keyformer{{keep=0.5,least=16}}"),
+    "keyformer-silent": ("plain", "keyformer{{keep=0.5,least=16,noise=False}}"),
+    "keyformer-int8": ("int8-per-token", "keyformer{{keep=0.5,least=16}}"),
+}
+"""Format and eviction of an arm that holds half of its prompt."""
 PEERS = ("static-inductor", "static-eff", "quantized-quanto", "quantized-hqq", "dynamic")
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values `[1, Hkv, S, D]` of every layer."""
@@ -43,6 +53,32 @@ def prefill(model: Any, ids: Tensor) -> Past:
     cache: Any = DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def evicting(name: str, prompt: int) -> tuple[str, str]:
+    """Return format and eviction of an arm, spelled for a prompt of so many tokens."""
+    form, policy = EVICTIONS[name]
+    half = prompt // 2
+    return form, policy.format(half=half, rest=half - 4, few=min(32, half // 4))
+
+
+def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int) -> CacheArm:
+    """Return an arm that reads a prompt `[1, n]` by itself, since what it drops depends on the queries.
+
+    Its steps are eager: the arms are compared by what the model says.
+    """
+    form, policy = evicting(name, prompt.shape[1])
+    cache: Any = eff.kv_cache(prepared, form, evict=policy, capacity=capacity, batch=1)
+    prepared(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    states = [layer.state for layer in cache.packed]
+    saved = [{part: tensor.clone() for part, tensor in state.items()} for state in states]
+
+    def rewind() -> None:
+        for state, kept in zip(states, saved):
+            for part, tensor in kept.items():
+                state[part].copy_(tensor)
+
+    return CacheArm(_stepper(prepared, cache), rewind, cache.nbytes)
 
 
 def make_arm(name: str, plain: Any, prepared: Any, past: Past, capacity: int) -> CacheArm:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import effcompile as eff
-from bench.cache_arms import FORMATS, PEERS, CacheArm, make_arm, prefill
+from bench.cache_arms import EVICTIONS, FORMATS, PEERS, CacheArm, evicting, evicting_arm, make_arm, prefill
 from bench.case import Case as BaseCase
 from bench.case import Row, Settings, Watch, grid
 from bench.clocks import timer_for
@@ -28,8 +28,9 @@ from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
 from effcompile.models.text import pydoc_text, token_windows
 
-FORMS = ("speed", "quality", "generate")
+FORMS = ("speed", "quality", "evict", "generate")
 BASE = "static-inductor"
+OTHER = "caches that drop tokens are compared in the form evict"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class KVDecode(BaseCase):
     about: ClassVar[str] = (
         "One prefill of real text by the unmodified model fills every cache. speed: the arms take turns at one-token steps up to "
         "`length` tokens; seconds are per token. quality: each arm continues a prompt of a quarter of `length` with the true text, "
-        "token by token, and its logits are compared with those of the model's own cache (dynamic, eager). generate: greedy tokens "
-        "of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's tensors at the end; "
+        "token by token, and its logits are compared with those of the model's own cache (dynamic, eager). "
+        "evict: the same for caches that hold half of a prompt of three quarters of `length`, eager. "
+        "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
+        "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
         "groups of 32, residual 128, eager."
     )
@@ -57,16 +60,16 @@ class KVDecode(BaseCase):
     tokens: int = 128
 
     def arms(self, device: str) -> tuple[str, ...]:
-        """Return StaticCache under both compilers, transformers' quantized cache, and every format."""
-        return (BASE, "static-eff", "quantized-quanto", *FORMATS)
+        """Return StaticCache under both compilers, transformers' quantized cache, every format and every eviction."""
+        return (BASE, "static-eff", "quantized-quanto", *FORMATS, *EVICTIONS)
 
     def known_arms(self, device: str) -> tuple[str, ...]:
         """Return the above, and transformers' other caches."""
-        return (*PEERS, *FORMATS)
+        return (*PEERS, *FORMATS, *EVICTIONS)
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return length x form x dtype; a form has a length of its own unless lengths are asked for."""
-        own = {"speed": 8192, "quality": 1024, "generate": 64}
+        own = {"speed": 8192, "quality": 1024, "evict": 1024, "generate": 64}
         found = []
         for form in FORMS:
             length = 160 if settings.quick else own[form]
@@ -84,7 +87,9 @@ class KVDecode(BaseCase):
         eff.prepare(prepared.model, kv="int8-per-token")
         names = self.chosen_arms(settings)
         with torch.no_grad(), _many_graphs():
-            run = {"speed": self._speed, "quality": self._quality, "generate": self._generate}[form]
+            run = {"speed": self._speed, "quality": self._quality, "evict": self._evict, "generate": self._generate}[
+                form
+            ]
             arms, spreads = run(plain, prepared.model, names, int(row.parameters["length"]), settings, watch)
         release()
         load.append(os.getloadavg()[0])
@@ -107,7 +112,8 @@ class KVDecode(BaseCase):
         ids = token_windows(plain.tokenizer, pydoc_text(), length, 1)
         watch.say("prefill")
         past = prefill(plain.model, ids[:, : length - steps])
-        arms: dict[str, Any] = {}
+        arms: dict[str, Any] = {name: {"skipped": OTHER} for name in names if name in EVICTIONS}
+        names = [name for name in names if name not in EVICTIONS]
         calls: dict[str, Any] = {}
         made: dict[str, CacheArm] = {}
         last = ids[:, length - steps :]
@@ -144,7 +150,8 @@ class KVDecode(BaseCase):
     ) -> tuple[dict[str, Any], dict[str, Spread]]:
         windows = token_windows(plain.tokenizer, pydoc_text(), length, 1 if settings.quick else settings.rounds)
         prompt = length // 4
-        arms: dict[str, Any] = {}
+        arms: dict[str, Any] = {name: {"skipped": OTHER} for name in names if name in EVICTIONS}
+        names = [name for name in names if name not in EVICTIONS]
         samples: dict[str, list[float]] = {}
         scores: dict[str, Score] = {}
         timer = timer_for("cpu")
@@ -165,6 +172,32 @@ class KVDecode(BaseCase):
                 samples.setdefault(name, []).append(seconds / (length - prompt))
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
                 arms[name] = _bytes(arm, plain, length, FORMATS.get(name, ""))
+                watch.tick(name)
+        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
+        for name, spread in spreads.items():
+            arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
+        return arms, spreads
+
+    def _evict(
+        self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
+    ) -> tuple[dict[str, Any], dict[str, Spread]]:
+        windows = token_windows(plain.tokenizer, pydoc_text(), length, 1 if settings.quick else settings.rounds)
+        prompt = 3 * length // 4
+        arms: dict[str, Any] = {name: {"skipped": "drops no token"} for name in names}
+        samples: dict[str, list[float]] = {}
+        scores: dict[str, Score] = {}
+        timer = timer_for("cpu")
+        for ids in windows[:, None]:
+            past = prefill(plain.model, ids[:, :prompt])
+            watch.say("dynamic")
+            wanted = _steps(make_arm("dynamic", plain.model, prepared, past, length), ids[:, prompt:])
+            for name in (name for name in names if name in EVICTIONS):
+                watch.say(name)
+                arm = evicting_arm(name, prepared, ids[:, :prompt], length)
+                seconds, found = timer.time(lambda arm=arm, ids=ids: _steps(arm, ids[:, prompt:]))
+                samples.setdefault(name, []).append(seconds / (length - prompt))
+                scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
+                arms[name] = _bytes(arm, plain, length, " evict=".join(evicting(name, prompt)))
                 watch.tick(name)
         spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
         for name, spread in spreads.items():

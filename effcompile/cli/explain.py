@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from effcompile.cli import parameters as given
+from effcompile.cli.caches import with_cache
 from effcompile.cli.console import command_line, print_json, progress, stdout
 from effcompile.cli.models import LoadedModel, load_model
 from effcompile.core.options import Options
@@ -25,6 +26,8 @@ def explain(
     target: given.TargetName = None,
     dtype: given.Dtype = "",
     attention: given.Attention = None,
+    kv: given.Kv = None,
+    evict: given.Evict = None,
     option: given.OptionList = None,
     require: given.RequireList = None,
     passes: given.PassList = None,
@@ -44,7 +47,7 @@ def explain(
     contract = asked.require
     options["require"] = dict(asked.insisting().require)
     with progress("tracing", quiet=as_json):
-        loaded = load_model(model, sizes, kind, real=real)
+        loaded = with_cache(load_model(model, sizes, kind, real=real), kv, evict)
         found = explained(loaded, target, options, dynamic, real, command_line(context.obj))
     ledgers = _ledgers(model, sizes, kind, options, as_json) if numerics else ()
     if html is not None:

@@ -33,6 +33,16 @@ Attention = Annotated[
     str | None,
     typer.Option(help="Policy for attention, sink-window{window=1024}; eff passes lists them.", show_default=False),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(help="Format of the KV cache, kivi{bits=4}; eff passes lists them.", show_default=False),
+]
+Evict = Annotated[
+    str | None,
+    typer.Option(
+        help="Which tokens stay in the KV cache, snapkv{budget=1024}; eff passes lists them.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 Real = Annotated[bool, typer.Option("--real", help="Run on the weights themselves, not on a copy without data.")]

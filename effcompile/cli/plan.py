@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from effcompile.cli import parameters as given
+from effcompile.cli.caches import with_cache
 from effcompile.cli.console import command_line, dim, print_json, progress, stdout
 from effcompile.cli.models import load_model
 from effcompile.core.options import Options
@@ -24,6 +25,8 @@ def plan(
     target: given.TargetName = None,
     dtype: given.Dtype = "",
     attention: given.Attention = None,
+    kv: given.Kv = None,
+    evict: given.Evict = None,
     option: given.OptionList = None,
     require: given.RequireList = None,
     passes: given.PassList = None,
@@ -44,6 +47,7 @@ def plan(
     options.pop("require", None)
     with progress("tracing", quiet=as_json):
         loaded = load_model(model, given.parse_shape(shape), given.parse_dtype(dtype), real=real)
+        loaded = with_cache(loaded, kv, evict)
         found = explained(loaded, target, options, dynamic, real, command_line(context.obj))
     found.keep_contract(contract)
     made = found.plan

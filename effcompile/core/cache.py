@@ -54,14 +54,31 @@ class Storage(ABC):
         """Return the int64 `[]` tensors of the state; `length` is the first."""
         return ("length",)
 
+    @property
+    def unit(self) -> int:
+        """Return how many neighboring tokens can only be dropped together: one, where every token stands for itself."""
+        return 1
+
     @abstractmethod
-    def append(self, state: State, k: Tensor, v: Tensor) -> None:
+    def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
         """Add tokens, k `[B, Hkv, S, D]` and v `[B, Hkv, S, Dv]`, behind those that the state holds.
+
+        Where `unit` is 1, `places`, int64 `[B, Hkv]`, may say where a single token goes: to the next place, or to that of a token
+        that is dropped for it.
 
         Raises:
             EffError: EFF-K201 where the tensors have no place for them, EFF-K202 where they are of another shape; then nothing is
                 written.
         """
+
+    def drop(self, state: State, sinks: int, recent: float) -> None:
+        """Drop units of tokens until those over `state["budget"]` are fewer than one; needed where `unit` is more than 1."""
+        raise NotImplementedError
+
+    @property
+    def slack(self) -> int:
+        """Return how many tokens the state cannot go below by dropping units."""
+        return 0
 
     @abstractmethod
     def attend(
@@ -76,13 +93,15 @@ class Storage(ABC):
         softcap: float,
         window: int,
         format: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (output `[B, Hq, Q, Dv]`, LSE `[B, Hq, Q]`) of attention over all tokens of the state.
+        scored: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (output `[B, Hq, Q, Dv]`, LSE `[B, Hq, Q]`, scores) of attention over all tokens of the state.
 
         k and v are the last tokens that were appended; they are read as they are, and only what was there before from the state.
         Column j of `mask`, `[B|1, Hq|1, Q, >= length]` bool (True keeps) or added to the scores, is token j of the state. `causal`
         lets query i see the old tokens and the first i + 1 new ones. A row without keys gives 0. `window` and `format` change
-        nothing: they say in a graph what the site is.
+        nothing: they say in a graph what the site is. `scored` asks for the scores as softmax gets them, float32
+        `[B, Hq, Q, capacity + S]`: of the places of the state, -inf where there is no token, and of the S new tokens.
         """
 
     @abstractmethod

@@ -20,6 +20,7 @@ from effcompile import ops
 from effcompile.compiler import all_methods
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
+from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.policy import read_policy
 from effcompile.core.site import CacheSite
 from effcompile.ops import native
@@ -110,6 +111,9 @@ class Preparation:
     """Say what a prepared model builds in place of its own cache."""
 
     format: CacheFormat
+    evict: CacheEviction | None
+    rotation: Rotation | None
+    """How the model turns queries, where `evict` needs it."""
     capacity: int | None
     places: int
     """Positional arguments before `past_key_values` in a call of the model."""
@@ -118,34 +122,44 @@ class Preparation:
 
 
 def prepare(
-    model: nn.Module, *, kv: str | CacheFormat | None = None, evict: str | None = None, capacity: int | None = None
+    model: nn.Module,
+    *,
+    kv: str | CacheFormat | None = None,
+    evict: str | CacheEviction | None = None,
+    capacity: int | None = None,
 ) -> Any:
     """Let a transformers model keep its KV cache in a compressed form, and return it.
 
     Args:
         model: a transformers model that generates text; changed in place.
-        kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None leaves the cache as it is.
-        evict: reserved.
-        capacity: tokens that a cache has place for; None lets `generate` choose what it needs, and caches of plain calls grow.
+        kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None stores tokens as they are.
+        evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
+        own cache
+            back.
+        capacity: tokens that a context may have; None lets `generate` choose what it needs, and caches of plain calls grow.
 
     Raises:
-        EffError: EFF-U014, EFF-U003 or EFF-U004 for a misspelled format, EFF-K204 for one that cannot store this model, EFF-K205
-            for a model whose attention cannot read such a cache, EFF-U104 without transformers.
+        EffError: EFF-U014, EFF-U003 or EFF-U004 for a misspelled format or eviction, EFF-K204 for a format that cannot store this
+            model, EFF-K205 for a model whose attention cannot read such a cache, EFF-K206 for an eviction that needs to know
+            how the model turns queries, and cannot, EFF-U104 without transformers.
     """
     _require()
-    if evict is not None:
-        raise EffError("EFF-U014", f"no policy of family `evict` is installed (asked for {evict})", hint="eff passes")
-    if kv is None:
+    if kv is None and evict is None:
         model.__dict__.pop("_eff_kv", None)
         return model
-    from effcompile.integrations.transformers_cache import classes
+    from effcompile.integrations.transformers_cache import build, classes
 
-    form = read_format(kv)
+    form = read_format("plain" if kv is None else kv)
+    policy = None if evict is None else read_eviction(evict)
     _switch(model)
-    kv_cache(model, form, capacity=capacity)  # what the format refuses is known here, before anything runs
+    turned = _rotation(model, policy)
+    model.__dict__.pop("_eff_kv", None)
+    build(
+        classes(), model.config, form, capacity, policy, turned
+    )  # what is refused is known here, before anything runs
     if model.device.type == "cpu":
         native.prefetch((native.CACHES,))
-    model.__dict__["_eff_kv"] = Preparation(form, capacity, _places(type(model).forward), classes())
+    model.__dict__["_eff_kv"] = Preparation(form, policy, turned, capacity, _places(type(model).forward), classes())
     if "_eff_own_cache" not in model.__dict__:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
         own = model.__dict__["_eff_own_cache"] = model._prepare_cache_for_generation
@@ -162,30 +176,60 @@ def read_format(kv: str | CacheFormat) -> CacheFormat:
     return found
 
 
+def read_eviction(evict: str | CacheEviction) -> CacheEviction:
+    """Return an eviction from its spelling."""
+    if isinstance(evict, CacheEviction):
+        return evict
+    found = read_policy("evict", evict, all_methods())
+    assert isinstance(found, CacheEviction)
+    return found
+
+
+def _rotation(model: nn.Module, policy: CacheEviction | None) -> Rotation | None:
+    if policy is None or not policy.turns:
+        return None
+    from effcompile.integrations.transformers_rope import needed
+
+    return needed(model, model.config)
+
+
 def kv_cache(
-    model: nn.Module, kv: str | CacheFormat | None = None, *, capacity: int | None = None, batch: int | None = None
+    model: nn.Module,
+    kv: str | CacheFormat | None = None,
+    *,
+    evict: str | CacheEviction | None = None,
+    capacity: int | None = None,
+    batch: int | None = None,
 ) -> Any:
     """Return an empty compressed cache for `past_key_values=` of a prepared model: a transformers `Cache`.
 
     Args:
         model: the model, prepared or not yet.
-        kv: the format; None takes what the model was prepared with.
+        kv: the format; None takes what the model was prepared with, or stores tokens as they are where only `evict` is given.
+        evict: which tokens stay; None takes what the model was prepared with, where `kv` is None too.
         capacity: tokens; None takes what the model was prepared with, and where that says nothing either the cache grows as tokens
             arrive, in eager calls only.
         batch: make the tensors at once, for so many sequences; else they are made when the first tokens arrive.
     """
     _require()
     prepared: Preparation | None = model.__dict__.get("_eff_kv")
-    if kv is None and prepared is None:
-        raise EffError(
-            "EFF-K205", "the model was not prepared and no format is named", hint='eff.prepare(model, kv="...")'
-        )
-    form = prepared.format if kv is None and prepared is not None else read_format(kv)  # type: ignore[arg-type]
+    turned = None
+    if kv is None and evict is None:
+        if prepared is None:
+            raise EffError(
+                "EFF-K205", "the model was not prepared and no format is named", hint='eff.prepare(model, kv="...")'
+            )
+        form, policy, turned = prepared.format, prepared.evict, prepared.rotation
+    else:
+        own = "plain" if prepared is None else prepared.format
+        form = read_format(own if kv is None else kv)
+        policy = None if evict is None else read_eviction(evict)
+        turned = _rotation(model, policy)
     if capacity is None and prepared is not None:
         capacity = prepared.capacity
     from effcompile.integrations.transformers_cache import build, classes
 
-    cache = build(classes() if prepared is None else prepared.classes, model.config, form, capacity)
+    cache = build(classes() if prepared is None else prepared.classes, model.config, form, capacity, policy, turned)
     if batch is not None:
         cache.early_initialization(batch, *cache.dimensions, model.dtype, model.device)
     return cache

@@ -13,12 +13,21 @@ from torch import Tensor
 
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
+from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.site import CacheSite
 from effcompile.integrations.transformers import Held, sites
+from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache
 
 
-def build(made: tuple[Any, Any], config: Any, form: CacheFormat, capacity: int | None) -> Any:
+def build(
+    made: tuple[Any, Any],
+    config: Any,
+    form: CacheFormat,
+    capacity: int | None,
+    evict: CacheEviction | None = None,
+    rotation: Rotation | None = None,
+) -> Any:
     """Return a cache of the classes `made` for a model's configuration; layers without keys and values are transformers' own."""
     from transformers import cache_utils
 
@@ -26,7 +35,8 @@ def build(made: tuple[Any, Any], config: Any, form: CacheFormat, capacity: int |
     layers: list[Any] = []
     for site in sites(config, capacity):
         if isinstance(site, CacheSite):
-            layers.append(layer_class(LayerCache(form, site)))
+            tokens = LayerCache(form, site) if evict is None else EvictingCache(form, site, evict, rotation)
+            layers.append(layer_class(tokens))
             continue
         kind, given = site
         mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})
@@ -69,26 +79,23 @@ def classes() -> tuple[Any, Any]:
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             """Return what a mask must cover: every place, so that its size does not change while tokens arrive."""
-            self.tokens.reserve(query_length)
-            if not self.is_initialized and self.tokens.limit is None:
-                return max(self.tokens.capacity, self.tokens.storage.capacity(query_length)), 0
-            return self.tokens.capacity, 0
+            return self.tokens.columns(query_length), 0
 
         def get_seq_length(self) -> Any:
             """Return the number of tokens: a tensor in compiled code, which must not depend on its value."""
             if not self.is_initialized:
                 return 0
-            return self.tokens.state["length"] if torch.compiler.is_compiling() else self.tokens.length
+            return self.tokens.context if torch.compiler.is_compiling() else self.tokens.seen
 
         def get_max_length(self) -> int:
             """Return the capacity, -1 where the cache grows."""
-            return -1 if self.tokens.limit is None else self.tokens.limit
+            return -1 if self.tokens.longest is None else self.tokens.longest
 
         get_max_cache_shape = get_max_length
 
         def crop(self, tokens_to_remove: int) -> None:
             """Remove -n tokens; a positive number is how many stay, as in older versions of transformers."""
-            held = self.tokens.length
+            held = self.tokens.seen
             self.tokens.crop(min(held, tokens_to_remove) if tokens_to_remove > 0 else held + tokens_to_remove)
 
         def reset(self) -> None:
@@ -134,6 +141,22 @@ def classes() -> tuple[Any, Any]:
                 layer.tokens.site if isinstance(layer, PackedLayer) else self.packed[0].site for layer in self.layers
             ]
             return [int(site.kv_heads) for site in own], [site.head_dim for site in own]
+
+        @property
+        def evicted(self) -> int:
+            """Return how many tokens of the context are not held any more, in the layer that holds the fewest."""
+            return max((tokens.seen - tokens.length for tokens in self.packed), default=0)
+
+        def __repr__(self) -> str:
+            """Return formats, tokens and bytes in a line."""
+            if not self.packed:
+                return "PackedCache()"
+            told = " | ".join(dict.fromkeys(tokens.spelled for tokens in self.packed))
+            seen, size = max(tokens.seen for tokens in self.packed), self.nbytes() / 1e6
+            return (
+                f"PackedCache({len(self.packed)} layers, {told}: {seen} tokens seen, {seen - self.evicted} held, "
+                f"{self.evicted} evicted, {size:.1f} MB)"
+            )
 
         def nbytes(self) -> int:
             """Return the bytes of all tensors of the packed layers."""

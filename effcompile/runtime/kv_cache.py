@@ -59,9 +59,36 @@ class LayerCache:
         return self.storage.capacity(FIRST) if self.limit is None else self.limit
 
     @property
+    def counters(self) -> tuple[str, ...]:
+        """Return the int64 `[]` tensors of the state."""
+        return self.storage.counters
+
+    @property
     def length(self) -> int:
         """Return how many tokens are held. This reads a tensor: compiled code uses `state["length"]`."""
         return int(self.state["length"]) if self.state else 0
+
+    @property
+    def seen(self) -> int:
+        """Return how many tokens the context has: as many as are held, where none is dropped."""
+        return self.length
+
+    @property
+    def context(self) -> Tensor:
+        """Return the same as a tensor of the state."""
+        return self.state["length"]
+
+    @property
+    def longest(self) -> int | None:
+        """Return how many tokens a context may have, None where the cache grows."""
+        return self.limit
+
+    def columns(self, fresh: int) -> int:
+        """Return how many tokens a mask for `fresh` more must cover: every place, so that it stays as it is while tokens arrive."""
+        self.reserve(fresh)
+        if self.shape is None and self.limit is None:
+            return max(self.capacity, self.storage.capacity(fresh))
+        return self.capacity
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors, counters included."""
@@ -69,9 +96,7 @@ class LayerCache:
 
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Make the tensors for tokens like k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]`; S may be 0."""
-        capacity = self.capacity
-        if self.limit is None and not torch.compiler.is_compiling():
-            capacity = max(capacity, self.storage.capacity(k.shape[2]))
+        capacity = self._planned(k.shape[2])
         shape = CacheShape(k.shape[0], k.shape[1], capacity, k.shape[3], v.shape[3], k.dtype, k.device)
         if (shape.head_dim, shape.value_dim) != (self.site.head_dim, self.site.value_dim):
             site = replace(self.site, head_dim=shape.head_dim, value_dim=shape.value_dim)
@@ -79,17 +104,26 @@ class LayerCache:
         self.state = self._tensors(shape)
         self.shape = shape
 
+    def _planned(self, count: int) -> int:
+        """Return the capacity for a context that begins with a call of `count` tokens."""
+        if self.limit is None and not torch.compiler.is_compiling():
+            return max(self.capacity, self.storage.capacity(count))
+        return self.capacity
+
     def _tensors(self, shape: CacheShape) -> dict[str, Tensor]:
         made = {
             name: torch.zeros(extents, dtype=dtype, device=shape.device)
-            for name, (extents, dtype) in self.storage.tensors(shape).items()
+            for name, (extents, dtype) in self._layout(shape).items()
         }
-        for name in self.storage.counters:
+        for name in self.counters:
             made[name] = torch.zeros((), dtype=torch.int64, device=shape.device)
         if not torch.compiler.is_compiling():
             for tensor in made.values():
                 _keep_address(tensor)
         return made
+
+    def _layout(self, shape: CacheShape) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return self.storage.tensors(shape)
 
     def reserve(self, count: int) -> None:
         """Make place for `count` more tokens where the cache may grow and no compiled code holds its tensors."""
@@ -98,7 +132,11 @@ class LayerCache:
         needed = self.length + count
         if needed <= self.shape.capacity:
             return
-        shape = replace(self.shape, capacity=self.storage.capacity(max(needed, 2 * self.shape.capacity)))
+        self._grow(max(needed, 2 * self.shape.capacity))
+
+    def _grow(self, tokens: int) -> None:
+        assert self.shape is not None
+        shape = replace(self.shape, capacity=self.storage.capacity(tokens))
         grown = self._tensors(shape)
         for name, old in self.state.items():
             grown[name][tuple(slice(0, extent) for extent in old.shape)] = old
@@ -115,9 +153,10 @@ class LayerCache:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Return (output, LSE) of attention over all held tokens, of which k and v are the last; see `Storage.attend`."""
-        return self.storage.attend(
+        out, lse, _ = self.storage.attend(
             self.state, q, k, v, mask, causal, scale, softcap, window=self.site.window, format=self.spelled
         )
+        return out, lse
 
     def read(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Return held tokens as floats in the model's dtype."""
@@ -140,7 +179,7 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget all tokens; the tensors stay, so that compiled code stays valid."""
-        for name in self.storage.counters:
+        for name in self.counters:
             if name in self.state:
                 self.state[name].zero_()
 
@@ -150,7 +189,7 @@ class LayerCache:
             return
         same = len(index) == self.shape.batch
         for name, tensor in self.state.items():
-            if name in self.storage.counters:
+            if name in self.counters:
                 continue
             chosen = tensor.index_select(0, index.to(tensor.device))
             if same:

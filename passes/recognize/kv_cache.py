@@ -28,7 +28,8 @@ def recognize_caches(program: Program, locate: Locate) -> tuple[CacheSite, ...]:
                 continue
             names = [argument.name for argument in node.target._schema.arguments]
             given = dict(zip(names, node.args)) | dict(node.kwargs)
-            k, v, scales = (given[name].meta["val"] for name in ("k", "v", "v_scales"))
+            k, v = (given[name].meta["val"] for name in ("k", "v"))
+            places = given["keys"].meta["val"].shape[2] if "keys" in given else given["v_scales"].meta["val"].shape[-1]
             owner, source = locate(node)
             number = seen[owner] = seen.get(owner, -1) + 1
             site = CacheSite(
@@ -41,7 +42,7 @@ def recognize_caches(program: Program, locate: Locate) -> tuple[CacheSite, ...]:
                 kv_heads=_extent(k.shape[1]),
                 head_dim=int(k.shape[3]),
                 value_dim=int(v.shape[3]),
-                capacity=_extent(scales.shape[-1]),
+                capacity=_extent(places),
                 window=int(given["window"]),
                 format=str(given["format"]),
                 dtype=str(k.dtype).removeprefix("torch."),

@@ -109,3 +109,12 @@ class WrongActivation(Pass):
                     count += 1
             program = program.with_graph(entry, edit.finish())
         return PassResult(program, count > 0, (f"{count} replaced",))
+
+
+def small_llama(batch: int = 1, seq: int = 64) -> tuple[nn.Module, tuple[()], dict[str, Tensor]]:
+    """Return a transformers model of one layer and a prompt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)), (), {"input_ids": torch.ones(batch, seq, dtype=torch.int64)}

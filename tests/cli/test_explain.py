@@ -67,6 +67,23 @@ def test_a_policy_is_an_option_of_its_own(tmp_path: Path, capsys: pytest.Capture
     assert run(capsys, "explain", "zoo:llama-tiny", "--attention", "sink-windw").code == 2
 
 
+def test_the_cache_is_an_option_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--kv` and `--evict` prepare the model; a dry run lists what its cache would be, and a wrong word is told."""
+    asked = ("--kv", "kivi{residual=32}", "--evict", "snapkv{budget=40}", "--shape", "b=1,s=64", "--target", "cpu")
+    told = run(capsys, "explain", "tests.cli.samples:small_llama", *asked, "--json").value
+    assert [row["format"] for row in told["caches"]] == ["kivi{residual=32} evict=snapkv{budget=40}"]
+    plan = tmp_path / "plan.json"
+    assert run(capsys, "plan", "tests.cli.samples:small_llama", *asked, "-o", plan).code == 0
+    for words, code in (
+        (("tests.cli.samples:small_llama", "--kv", "kivy"), "EFF-U014"),
+        (("tests.cli.samples:small_llama", "--evict", "snapkv{budget=2}"), "EFF-U004"),
+        (("zoo:llama-tiny", "--evict", "snapkv"), "EFF-K205"),
+    ):
+        done = run(capsys, "explain", *words)
+        assert done.code == 2
+        assert code in done.err
+
+
 def test_page_is_self_contained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     words = ("explain", "tests.cli.samples:broken_graph", "--target", "cpu", "--html", page, "--numerics")

@@ -188,7 +188,7 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         with pytest.raises(EffError, match=code):
             eff.prepare(model, kv=kv)
     with pytest.raises(EffError, match="EFF-U014"):
-        eff.prepare(model, evict="snapkv")
+        eff.prepare(model, evict="snapvk")
     with pytest.raises(EffError, match="EFF-K205"):
         eff.kv_cache(model)
     unprepared = eff.kv_cache(llama(), "int8-per-token")

@@ -10,8 +10,10 @@ from torch import Tensor
 from effcompile.core.cache import CacheShape, Storage
 from effcompile.ops.kv.grouped import Grouped
 from effcompile.ops.kv.per_token import PerToken8
+from effcompile.ops.kv.plain import Plain
 
 STORAGES: dict[str, Storage] = {
+    "plain": Plain(),
     "int8": PerToken8(),
     "fp8": PerToken8(floats=True),
     "4-32-128": Grouped(4, 32, 128),
@@ -19,6 +21,9 @@ STORAGES: dict[str, Storage] = {
     "2-32-32": Grouped(2, 32, 32),
     "2-64-128": Grouped(2, 64, 128),
 }
+
+
+GROUPED = tuple(name for name, storage in STORAGES.items() if isinstance(storage, Grouped))
 
 
 def empty(storage: Storage, shape: CacheShape) -> dict[str, Tensor]:
@@ -42,12 +47,9 @@ def draw(*sizes: int, dtype: torch.dtype, seed: int) -> Tensor:
     return made.to(dtype).transpose(1, 2)
 
 
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return (output, LSE) in float64 of q over all keys; the queries are the last of the tokens where `causal` is set."""
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (x.double() for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+def exact_scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0) -> Tensor:
+    """Return the scores of q over all keys in float64, -inf where a query does not see the key."""
+    q, k = q.double(), k.repeat_interleave(q.shape[1] // k.shape[1], 1).double()
     scores = q @ k.transpose(-1, -2) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -57,6 +59,15 @@ def exact(
         scores = scores.masked_fill(~seen, -math.inf) if seen.dtype == torch.bool else scores + seen
     if causal:
         scores = scores.masked_fill(~torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows), -math.inf)
+    return scores
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return (output, LSE) in float64 of q over all keys; the queries are the last of the tokens where `causal` is set."""
+    scores = exact_scores(q, k, mask, causal, scale, softcap)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1).double()
     lse = scores.logsumexp(-1)
     probs = torch.where(lse[..., None] == -math.inf, 0.0, (scores - lse[..., None]).exp())
     return probs @ v, lse

@@ -38,6 +38,7 @@ struct Append {
   uint8_t *k_codes, *v_codes;
   uint16_t *k_scales, *k_zeros, *v_scales, *v_zeros;
   void *k_recent, *v_recent;
+  const int64_t* places;  // [batch, kv_heads]: where the one token of each goes, or null: behind the others
 };
 
 template <typename T, int BITS>
@@ -46,7 +47,7 @@ void append8(const Append& a) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(a.threads) if (a.count > 64)
   for (int64_t bg = 0; bg < a.batch * a.kv_heads; ++bg) {
     for (int64_t t = 0; t < a.count; ++t) {
-      const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads, at = a.length + t, place = bg * a.capacity + at;
+      const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads, at = a.places ? a.places[bg] : a.length + t, place = bg * a.capacity + at;
       const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + g * a.k_stride[1] + t * a.k_stride[2];
       const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + g * a.v_stride[1] + t * a.v_stride[2];
       a.k_scales[place] = scale8<T, BITS>(k, a.depth);
@@ -179,6 +180,7 @@ extern "C" void eff_kv_append(int64_t dtype, const int64_t* sizes, void* const* 
   a.k_scales = static_cast<uint16_t*>(at[4]), a.v_scales = static_cast<uint16_t*>(at[5]);
   a.k_zeros = static_cast<uint16_t*>(at[6]), a.v_zeros = static_cast<uint16_t*>(at[7]);
   a.k_recent = at[8], a.v_recent = at[9];
+  a.places = static_cast<const int64_t*>(at[10]);
   by_type(dtype, [&](auto kind) {
     using T = decltype(kind);
     if (bits == 8) {

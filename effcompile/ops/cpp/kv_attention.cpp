@@ -23,7 +23,7 @@ struct Problem {
   const uint16_t *k_scales, *k_zeros, *v_scales, *v_zeros;
   const void *k_recent, *v_recent;
   void* out;
-  float* lse;
+  float *lse, *logits;  // logits: scores as softmax gets them, [batch, heads, rows, capacity + fresh], or null
   float scale, softcap;
 
   int64_t group_rows() const { return heads / kv_heads * rows; }
@@ -83,6 +83,15 @@ void restrict_scores(const Problem& p, int64_t b, int64_t g, int64_t begin, int6
   }
 }
 
+// Write the scores of tokens [begin, begin + count): those of this call stand behind all places of the cache.
+void tell_scores(const Problem& p, int64_t bg, int64_t begin, int64_t count, const float* s, int64_t lds) {
+  if (!p.logits) return;
+  for (int64_t i = 0; i < p.group_rows(); ++i) {
+    float* line = p.logits + (bg * p.group_rows() + i) * (p.capacity + p.fresh);
+    for (int64_t j = 0; j < count; ++j) line[begin + j < p.old() ? begin + j : p.capacity + begin + j - p.old()] = s[i * lds + j];
+  }
+}
+
 // Turn scores into exp(score - maximum) and rescale what was summed under another maximum.
 void soften(const Problem& p, float* s, int64_t lds, int64_t padded, const Partial& to, int64_t values) {
   for (int64_t i = 0; i < p.group_rows(); ++i) {
@@ -136,6 +145,7 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
         for (int64_t i = 0; i < rows; ++i) store(s + i * lds + j, times(load(s + i * lds + j), scale));
       }
       restrict_scores(p, b, g, at, count, padded, s, lds);
+      tell_scores(p, bg, at, count, s, lds);
       soften(p, s, lds, padded, to, values);
       float* w = own.weights.data();
       for (int64_t j = 0; j < padded; j += W) {
@@ -174,6 +184,7 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
         });
       }
       restrict_scores(p, b, g, at, count, padded, s, lds);
+      tell_scores(p, bg, at, count, s, lds);
       soften(p, s, lds, padded, to, values);
       own.weights.resize(rows * lds);
       float* w = own.weights.data();
@@ -201,7 +212,7 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
   }
 }
 
-// --- the tokens that are not packed: the recent ones, and those of this call ----------------------------------------------------
+// --- the tokens that are not packed: the recent ones or all, and those of this call ----------------------------------------------------
 
 inline void widen(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 template <typename T>
@@ -219,7 +230,7 @@ inline float dot(const float* x, const float* y, int64_t count) {
 }
 
 template <typename T>
-void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_t begin, Scratch& own, const Partial& to) {
+void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_t begin, int64_t end, Scratch& own, const Partial& to) {
   const int64_t rows = p.group_rows(), lds = CHUNK, bg = b * p.kv_heads + g;
   const int64_t values = p.group ? p.width : up(p.width, 16);
   own.scores.resize(rows * lds);
@@ -233,14 +244,15 @@ void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_
     const int64_t many = key ? p.depth : p.width;
     return static_cast<const T*>(key ? p.k_recent : p.v_recent) + (bg * p.residual + j % p.residual) * many;
   };
-  for (int64_t at = begin; at < p.length; at += CHUNK) {
-    const int64_t count = std::min<int64_t>(CHUNK, p.length - at), padded = up(count, 16);
+  for (int64_t at = begin; at < end; at += CHUNK) {
+    const int64_t count = std::min<int64_t>(CHUNK, end - at), padded = up(count, 16);
     if (!any_visible(p, b, g, at, count)) continue;
     for (int64_t j = 0; j < count; ++j) {
       widen(of(at + j, true), row, p.depth);
       for (int64_t i = 0; i < rows; ++i) s[i * lds + j] = dot(q + i * p.depth, row, p.depth);
     }
     restrict_scores(p, b, g, at, count, padded, s, lds);
+    tell_scores(p, bg, at, count, s, lds);
     soften(p, s, lds, padded, to, values);
     for (int64_t j = 0; j < count; ++j) {
       widen(of(at + j, false), row, p.width);
@@ -260,7 +272,8 @@ void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_
 template <typename T, int BITS>
 void attend(const Problem& p) {
   const int64_t rows = p.group_rows(), values = p.group ? p.width : up(p.width, 16), pairs = p.batch * p.kv_heads;
-  const int64_t packed = std::min(p.packed, p.old()), splits = (packed + SPLIT - 1) / SPLIT, parts = splits + 1;
+  const int64_t packed = std::min(p.packed, p.old()), splits = (packed + SPLIT - 1) / SPLIT;
+  const int64_t parts = splits + (p.length - packed + SPLIT - 1) / SPLIT;
   std::vector<float> queries(pairs * rows * p.depth), tops(pairs * parts * rows, NEG), sums(pairs * parts * rows, 0.f),
       weighted(pairs * parts * rows * values, 0.f);
   const T* q = static_cast<const T*>(p.q);
@@ -273,10 +286,11 @@ void attend(const Problem& p) {
       const int64_t bg = n / parts, b = bg / p.kv_heads, g = bg % p.kv_heads, part = n % parts;
       const Partial to{tops.data() + n * rows, sums.data() + n * rows, weighted.data() + n * rows * values};
       const float* mine = queries.data() + bg * rows * p.depth;
-      if (part < splits) {
+      if (part >= splits) {
+        const int64_t begin = packed + (part - splits) * SPLIT;
+        attend_plain<T>(p, mine, b, g, begin, std::min<int64_t>(p.length, begin + SPLIT), own, to);
+      } else if constexpr (BITS != 0) {
         attend_packed<BITS>(p, mine, b, g, part * SPLIT, std::min<int64_t>(packed, (part + 1) * SPLIT), own, to);
-      } else {
-        attend_plain<T>(p, mine, b, g, packed, own, to);
       }
     }
 #pragma omp for schedule(static)
@@ -303,8 +317,8 @@ void attend(const Problem& p) {
 
 }  // namespace
 
-// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result. Sizes, of which the first is the bits (8, 4, 2 or
-// FLOATS), and pointers come in the order of use.
+// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result. Sizes, of which the first is the bits (8, 4, 2, FLOATS, or
+// 0 where all tokens are kept as they are), and pointers come in the order of use.
 extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void* const* at, float scale, float softcap) {
   Problem p{};
   const int64_t bits = *sizes++;
@@ -316,6 +330,8 @@ extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void
   for (int i = 0; i < 4; ++i) p.mask_stride[i] = *sizes++;
   p.q = at[0], p.k = at[1], p.v = at[2], p.mask = at[3];
   p.out = const_cast<void*>(at[4]), p.lse = static_cast<float*>(const_cast<void*>(at[5]));
+  p.logits = static_cast<float*>(const_cast<void*>(at[6]));
+  ++at;
   p.k_codes = static_cast<const uint8_t*>(at[6]), p.v_codes = static_cast<const uint8_t*>(at[7]);
   p.k_scales = static_cast<const uint16_t*>(at[8]), p.v_scales = static_cast<const uint16_t*>(at[9]);
   p.k_zeros = static_cast<const uint16_t*>(at[10]), p.v_zeros = static_cast<const uint16_t*>(at[11]);
@@ -327,6 +343,8 @@ extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void
       attend<T, 8>(p);
     } else if (bits == FLOATS) {
       attend<T, FLOATS>(p);
+    } else if (bits == 0) {
+      attend<T, 0>(p);
     } else if (bits == 4) {
       attend<T, 4>(p);
     } else {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Register the ops of every form of cache, once."""
-    from effcompile.ops.kv import grouped, per_token
+    from effcompile.ops.kv import evict, grouped, per_token, plain
 
-    for module in (per_token, grouped):
+    for module in (plain, per_token, grouped, evict):
         module.register()

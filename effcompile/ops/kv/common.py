@@ -16,6 +16,8 @@ FEW = 16
 """Queries up to which the compiled kernel is asked: it reads every code once for each few rows of queries."""
 _PIECE = 1024  # old tokens that are unpacked at a time for many queries
 
+Attended = tuple[Tensor, Tensor, Tensor | None]
+"""Output, LSE and, where they were asked for, scores as softmax gets them `[B, Hq, Q, places + S]`: of the S new tokens last."""
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 """Return old tokens [start, stop) as floats."""
 
@@ -47,6 +49,29 @@ def check_room(length: int, count: int, capacity: int) -> None:
         )
 
 
+def check_places(places: Tensor, k: Tensor, length: int, capacity: int) -> None:
+    """Raise EFF-K202 unless one token of each head goes to a place that is held or the next one; EFF-K201 where there is none."""
+    if k.shape[2] != 1 or places.shape != k.shape[:2]:
+        raise EffError("EFF-K202", f"places {list(places.shape)} for keys {list(k.shape)}")
+    last = int(places.max()) if places.numel() else -1
+    if last >= length:
+        check_room(last, 1, capacity)
+
+
+def count(length: Tensor, tokens: int, places: Tensor | None) -> None:
+    """Count tokens that were appended; one that took the place of another adds nothing."""
+    if places is None:
+        length.add_(tokens)
+    elif places.numel():
+        length.copy_(torch.maximum(length, places.max() + 1))
+
+
+def corners(places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices of batch and head that go with places `[B, Hkv]`."""
+    batch, heads = places.shape
+    return torch.arange(batch, device=places.device)[:, None], torch.arange(heads, device=places.device)
+
+
 def check_mask(mask: Tensor | None, q: Tensor, length: int, causal: bool, fresh: int) -> None:
     """Raise EFF-K202 where a mask does not cover the queries and the tokens, or where causal order means nothing."""
     if mask is not None:
@@ -69,7 +94,7 @@ def attention(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute attention over unpacked old tokens `[B, Hkv, C, D]`, of which the first length - S count, and S new ones.
 
     The meaning of every `eff::kv_attention_*`, on any device and without reading `length` on the host.
@@ -95,8 +120,21 @@ def attention(
     # What no query reads may be any number.
     read = kept.any(2).reshape(q.shape[0], -1, group, kept.shape[3]).any(2)
     values = torch.where(read[..., None], values, 0)
-    out, lse = flash.weighted(scores.masked_fill(~kept, -math.inf), values)
-    return out.to(q.dtype), lse.to(flash.lse_dtype(q))
+    scores = scores.masked_fill(~kept, -math.inf)
+    out, lse = flash.weighted(scores, values)
+    return out.to(q.dtype), lse.to(flash.lse_dtype(q)), scores.float()
+
+
+def fake_scores(q: Tensor, k: Tensor, places: int) -> Tensor:
+    """Return empty scores of an attention over `places` and new tokens k."""
+    return q.new_empty((*q.shape[:3], places + k.shape[2]), dtype=torch.float32)
+
+
+def spread(scores: Tensor, places: int, fresh: int) -> Tensor:
+    """Return scores `[..., N + S]` with the S of the new tokens behind all places of the cache: `[..., places + S]`."""
+    old = scores.shape[-1] - fresh
+    empty = scores.new_full((*scores.shape[:-1], places - old), -math.inf)
+    return torch.cat([scores[..., :old], empty, scores[..., old:]], -1)
 
 
 def attend_many(

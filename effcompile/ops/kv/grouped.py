@@ -13,6 +13,7 @@ of one token, or of two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from effcompile.ops.kv import common, native
 from effcompile.ops.kv.per_token import next_up
 
 APPEND, ATTENTION = "eff::kv_append_grouped_v1", "eff::kv_attention_grouped_v1"
+SCORED = "eff::kv_attention_scored_grouped_v1"
 PANEL = 32
 NAMES = ("k_codes", "v_codes", "k_scales", "v_scales", "k_zeros", "v_zeros", "k_recent", "v_recent")
 
@@ -61,10 +63,31 @@ class Grouped(Storage):
         """Return how many tokens there are, and how many of them are packed."""
         return ("length", "packed")
 
-    def append(self, state: State, k: Tensor, v: Tensor) -> None:
+    @property
+    def unit(self) -> int:
+        """Return a group: the keys of a group share their scales."""
+        return self.group
+
+    def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
         """Add tokens through `eff::kv_append_grouped_v1`."""
+        assert places is None, "tokens of a group are dropped together"
         tensors = (*(state[name] for name in NAMES), state["length"], state["packed"])
         torch.ops.eff.kv_append_grouped_v1.default(*tensors, k, v, self.bits)
+
+    @property
+    def slack(self) -> int:
+        """Return the unpacked tokens and a group that is about to be one."""
+        return self.residual + self.group
+
+    def drop(self, state: State, sinks: int, recent: float) -> None:
+        """Drop groups through `eff::kv_drop_grouped_v1`."""
+        tensors = (
+            *(state[name] for name in NAMES),
+            *(state[name] for name in ("length", "packed", "positions", "mass")),
+        )
+        torch.ops.eff.kv_drop_grouped_v1.default(
+            *tensors, state["seen"], state["budget"], state["start"], sinks, recent
+        )
 
     def attend(
         self,
@@ -78,13 +101,14 @@ class Grouped(Storage):
         softcap: float,
         window: int,
         format: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend through `eff::kv_attention_grouped_v1`."""
+        scored: bool = False,
+    ) -> common.Attended:
+        """Attend through `eff::kv_attention_grouped_v1`, or its form that returns the scores."""
         tensors = (*(state[name] for name in NAMES), state["length"], state["packed"])
-        found: tuple[Tensor, Tensor] = torch.ops.eff.kv_attention_grouped_v1.default(
-            q, k, v, *tensors, mask, causal, scale, softcap, self.bits, window, format
-        )
-        return found
+        given = (q, k, v, *tensors, mask, causal, scale, softcap, self.bits, window, format)
+        if scored:
+            return torch.ops.eff.kv_attention_scored_grouped_v1.default(*given)  # type: ignore[no-any-return]
+        return (*torch.ops.eff.kv_attention_grouped_v1.default(*given), None)
 
     def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return tokens [start, stop) as floats, the unpacked ones as they were."""
@@ -257,7 +281,7 @@ def append(
     length.add_(count)
 
 
-def attention(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -276,27 +300,44 @@ def attention(
     scale: float,
     softcap: float,
     bits: int,
-    window: int,
-    format: str,
-) -> tuple[Tensor, Tensor]:
+    *,
+    scored: bool,
+) -> common.Attended:
     """Compute attention as `Storage.attend` says."""
     state = (k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros, k_recent, v_recent)
     tokens, done, fresh = int(length), int(packed), k.shape[2]
     common.check_mask(mask, q, tokens, causal, fresh)
     if native.takes(q, k, v, k_recent):
-        if q.shape[2] > common.FEW and not softcap:
-            return common.attend_many(
+        if q.shape[2] > common.FEW and not softcap and not scored:
+            found = common.attend_many(
                 q, lambda start, stop: _read(state, done, start, stop, bits), k, v, tokens, mask, causal, scale
             )
+            return (*found, None)
         group = v_recent.shape[3] // v_scales.shape[2]
         sizes = [tokens, done, v_scales.shape[3], group, k_recent.shape[2]]
-        return native.attend(bits, q, k, v, mask, sizes, state, causal, scale, softcap)
+        return native.attend(bits, q, k, v, mask, sizes, state, causal, scale, softcap, scored)
     old = _read(state, done, 0, tokens - fresh, bits)
-    return common.attention(q, old, k, v, length, mask, causal, scale, softcap)
+    out, lse, scores = common.attention(q, old, k, v, length, mask, causal, scale, softcap)
+    return out, lse, common.spread(scores, v_scales.shape[3], fresh)
+
+
+def attention(*given: Any) -> tuple[Tensor, Tensor]:
+    """Compute attention as `Storage.attend` says; the last operands are what the site is."""
+    out, lse, _ = attend(*given[:-2], scored=False)
+    return out, lse
+
+
+def scored(*given: Any) -> common.Attended:
+    """Compute the same, and return the scores."""
+    return attend(*given[:-2], scored=True)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return flash.fake_pair(q, k, v)
+
+
+def _fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (*flash.fake_pair(q, k, v), common.fake_scores(q, k, rest[3].shape[3]))
 
 
 def _writes(*tensors: object) -> None:
@@ -308,10 +349,9 @@ def register() -> None:
     names = (*NAMES, "length", "packed")
     written = ", ".join(f"Tensor({chr(ord('a') + place)}!) {name}" for place, name in enumerate(names))
     define(APPEND, f"({written}, Tensor k, Tensor v, int bits) -> ()", append, _writes)
-    define(
-        ATTENTION,
+    schema = (
         f"(Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor {name}' for name in names)}, Tensor? mask, bool causal, "
-        "float scale, float softcap, int bits, int window, str format) -> (Tensor, Tensor)",
-        attention,
-        _fake,
+        "float scale, float softcap, int bits, int window, str format)"
     )
+    define(ATTENTION, f"{schema} -> (Tensor, Tensor)", attention, _fake)
+    define(SCORED, f"{schema} -> (Tensor, Tensor, Tensor)", scored, _fake_scored)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from effcompile.ops import native
+from effcompile.ops.kv import common
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -15,13 +17,23 @@ def takes(*tensors: Tensor) -> bool:
     return native.runs(native.CACHES, *tensors)
 
 
-def append(bits: int, k: Tensor, v: Tensor, sizes: Sequence[int], state: Sequence[Tensor | None]) -> None:
-    """Run `eff_kv_append`: sizes [length, packed, packed after, capacity, group, residual]; state in the order of use."""
+def append(
+    bits: int,
+    k: Tensor,
+    v: Tensor,
+    sizes: Sequence[int],
+    state: Sequence[Tensor | None],
+    places: Tensor | None = None,
+) -> None:
+    """Run `eff_kv_append`: sizes [length, packed, packed after, capacity, group, residual]; state in the order of use.
+
+    With `places`, contiguous int64 `[B, Hkv]`, one token goes there.
+    """
     k, v = native.dense_rows(k), native.dense_rows(v)
     batch, heads, count, depth = k.shape
     numbers = [bits, batch, heads, depth, v.shape[3], count, *sizes, torch.get_num_threads()]
     numbers += [*k.stride()[:3], *v.stride()[:3]]
-    native.call(native.CACHES, "eff_kv_append", k.dtype, numbers, (k, v, *state))
+    native.call(native.CACHES, "eff_kv_append", k.dtype, numbers, (k, v, *state, places))
 
 
 def attend(
@@ -35,14 +47,16 @@ def attend(
     causal: bool,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Run `eff_kv_attention`: sizes [length, packed, capacity, group, residual]; returns output and LSE."""
+    scored: bool = False,
+) -> common.Attended:
+    """Run `eff_kv_attention`: sizes [length, packed, capacity, group, residual]; scores only where they are asked for."""
     q, k, v = q.contiguous(), native.dense_rows(k), native.dense_rows(v)
     batch, heads, rows, depth = q.shape
     length, packed, capacity, group, residual = sizes
     width = v.shape[3]
     out = torch.empty((batch, heads, rows, width), dtype=q.dtype)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32)
+    logits = torch.full((batch, heads, rows, capacity + k.shape[2]), -math.inf) if scored else None
     kind, strides = 0, (0, 0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
@@ -65,5 +79,7 @@ def attend(
         residual,
     ]
     numbers += [kind, causal, torch.get_num_threads(), *k.stride()[:3], *v.stride()[:3], *strides]
-    native.call(native.CACHES, "eff_kv_attention", q.dtype, numbers, (q, k, v, mask, out, lse, *state), scale, softcap)
-    return out, lse
+    native.call(
+        native.CACHES, "eff_kv_attention", q.dtype, numbers, (q, k, v, mask, out, lse, logits, *state), scale, softcap
+    )
+    return out, lse, logits

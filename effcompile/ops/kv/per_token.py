@@ -11,6 +11,7 @@ A vector that holds NaN or infinity gets a scale of NaN, and stays what no softm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from effcompile.ops import flash
 from effcompile.ops.attention import define
 from effcompile.ops.kv import common, native
 
-APPEND, ATTENTION = "eff::kv_append_token8_v1", "eff::kv_attention_token8_v1"
+APPEND, ATTENTION = "eff::kv_append_token8_v2", "eff::kv_attention_token8_v1"
+SCORED = "eff::kv_attention_scored_token8_v1"
 PANEL = 64  # tokens of a panel of keys
 ROW = 16  # what a row of values is padded to, in channels
 FLOATS = torch.float8_e4m3fn
@@ -51,9 +53,9 @@ class PerToken8(Storage):
             "v_scales": ((*lead, shape.capacity), torch.float16),
         }
 
-    def append(self, state: State, k: Tensor, v: Tensor) -> None:
-        """Add tokens through `eff::kv_append_token8_v1`."""
-        torch.ops.eff.kv_append_token8_v1.default(*(state[name] for name in NAMES), state["length"], k, v)
+    def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
+        """Add tokens through `eff::kv_append_token8_v2`."""
+        torch.ops.eff.kv_append_token8_v2.default(*(state[name] for name in NAMES), state["length"], k, v, places)
 
     def attend(
         self,
@@ -67,13 +69,14 @@ class PerToken8(Storage):
         softcap: float,
         window: int,
         format: str,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend through `eff::kv_attention_token8_v1`."""
+        scored: bool = False,
+    ) -> common.Attended:
+        """Attend through `eff::kv_attention_token8_v1`, or its form that returns the scores."""
         tensors = (*(state[name] for name in NAMES), state["length"])
-        found: tuple[Tensor, Tensor] = torch.ops.eff.kv_attention_token8_v1.default(
-            q, k, v, *tensors, mask, causal, scale, softcap, window, format
-        )
-        return found
+        given = (q, k, v, *tensors, mask, causal, scale, softcap, window, format)
+        if scored:
+            return torch.ops.eff.kv_attention_scored_token8_v1.default(*given)  # type: ignore[no-any-return]
+        return (*torch.ops.eff.kv_attention_token8_v1.default(*given), None)
 
     def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return tokens [start, stop) as floats; values keep the padding of their rows, which is 0."""
@@ -119,9 +122,18 @@ def _bits(codes: Tensor) -> int:
 
 
 def append(
-    k_codes: Tensor, v_codes: Tensor, k_scales: Tensor, v_scales: Tensor, length: Tensor, k: Tensor, v: Tensor
+    k_codes: Tensor,
+    v_codes: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    length: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Tensor | None = None,
 ) -> None:
     """Write tokens k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]` behind the `length` that are there, and count them.
+
+    With `places`, int64 `[B, Hkv]`, the one token that there is goes to those, and counts where they are the next ones.
 
     Raises:
         EffError: EFF-K201 without place (on CPU; elsewhere the device checks the index), EFF-K202 for another shape.
@@ -132,24 +144,38 @@ def append(
     common.check_shapes((batch, heads, depth, width), k, v)
     if length.device.type == "cpu":
         before = int(length)
-        common.check_room(before, count, capacity)
+        if places is None:
+            common.check_room(before, count, capacity)
+        else:
+            common.check_places(places, k, before, capacity)
         if native.takes(k, v):
             operands = (k_codes, v_codes, k_scales, v_scales, None, None, None, None)
-            native.append(_bits(k_codes), k, v, [before, 0, 0, capacity, 0, 0], operands)
-            length.add_(count)
+            native.append(_bits(k_codes), k, v, [before, 0, 0, capacity, 0, 0], operands, places)
+            common.count(length, count, places)
             return
-    places = length + torch.arange(count, device=k.device)
+    if places is not None:
+        row, head = common.corners(places)
+        for codes, scales, x, panels in ((k_codes, k_scales, k, True), (v_codes, v_scales, v, False)):
+            code, scale = (part[:, :, 0] for part in quantize(x, codes.dtype == torch.uint8))
+            scales[row, head, places] = scale
+            if panels:
+                codes[row, head, places // PANEL, :, places % PANEL] = code
+            else:
+                codes[row, head, places, : x.shape[3]] = code
+        common.count(length, count, places)
+        return
+    next_ones = length + torch.arange(count, device=k.device)
     for codes, scales, x, panels in ((k_codes, k_scales, k, True), (v_codes, v_scales, v, False)):
         code, scale = quantize(x, codes.dtype == torch.uint8)
-        scales[:, :, places] = scale
+        scales[:, :, next_ones] = scale
         if panels:
-            codes[:, :, places // PANEL, :, places % PANEL] = code.permute(2, 0, 1, 3)
+            codes[:, :, next_ones // PANEL, :, next_ones % PANEL] = code.permute(2, 0, 1, 3)
         else:
-            codes[:, :, places, : x.shape[3]] = code
+            codes[:, :, next_ones, : x.shape[3]] = code
     length.add_(count)
 
 
-def attention(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,9 +188,9 @@ def attention(
     causal: bool,
     scale: float,
     softcap: float,
-    window: int,
-    format: str,
-) -> tuple[Tensor, Tensor]:
+    *,
+    scored: bool,
+) -> common.Attended:
     """Compute attention as `Storage.attend` says."""
     state = (k_codes, v_codes, k_scales, v_scales)
     capacity, width = k_scales.shape[2], v.shape[3]
@@ -172,22 +198,37 @@ def attention(
         tokens = int(length)
         common.check_mask(mask, q, tokens, causal, k.shape[2])
         if native.takes(q, k, v):
-            if q.shape[2] > common.FEW and not softcap:
+            if q.shape[2] > common.FEW and not softcap and not scored:
 
                 def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
                     keys, values = _read(state, start, stop)
                     return keys, values[..., :width]
 
-                return common.attend_many(q, read, k, v, tokens, mask, causal, scale)
+                return (*common.attend_many(q, read, k, v, tokens, mask, causal, scale), None)
             sizes = [tokens, tokens - k.shape[2], capacity, 0, 0]
             operands = (*state, None, None, None, None)
-            return native.attend(_bits(k_codes), q, k, v, mask, sizes, operands, causal, scale, softcap)
+            return native.attend(_bits(k_codes), q, k, v, mask, sizes, operands, causal, scale, softcap, scored)
     keys, values = _read(state, 0, capacity)
     return common.attention(q, (keys, values[..., :width]), k, v, length, mask, causal, scale, softcap)
 
 
+def attention(*given: Any) -> tuple[Tensor, Tensor]:
+    """Compute attention as `Storage.attend` says; the last operands are what the site is."""
+    out, lse, _ = attend(*given[:-2], scored=False)
+    return out, lse
+
+
+def scored(*given: Any) -> common.Attended:
+    """Compute the same, and return the scores."""
+    return attend(*given[:-2], scored=True)
+
+
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return flash.fake_pair(q, k, v)
+
+
+def _fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (*flash.fake_pair(q, k, v), common.fake_scores(q, k, rest[2].shape[2]))
 
 
 def _writes(*tensors: object) -> None:
@@ -198,11 +239,10 @@ def register() -> None:
     """Register the ops, once."""
     state = "Tensor{} k_codes, Tensor{} v_codes, Tensor{} k_scales, Tensor{} v_scales, Tensor{} length"
     written = state.format("(a!)", "(b!)", "(c!)", "(d!)", "(e!)")
-    define(APPEND, f"({written}, Tensor k, Tensor v) -> ()", append, _writes)
-    define(
-        ATTENTION,
+    define(APPEND, f"({written}, Tensor k, Tensor v, Tensor? places) -> ()", append, _writes)
+    schema = (
         f"(Tensor q, Tensor k, Tensor v, {state.format('', '', '', '', '')}, Tensor? mask, bool causal, float scale, "
-        "float softcap, int window, str format) -> (Tensor, Tensor)",
-        attention,
-        _fake,
+        "float softcap, int window, str format)"
     )
+    define(ATTENTION, f"{schema} -> (Tensor, Tensor)", attention, _fake)
+    define(SCORED, f"{schema} -> (Tensor, Tensor, Tensor)", scored, _fake_scored)
