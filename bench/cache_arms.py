@@ -68,7 +68,7 @@ def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int) -> Cac
     Its steps are eager: the arms are compared by what the model says.
     """
     form, policy = evicting(name, prompt.shape[1])
-    cache: Any = eff.kv_cache(prepared, form, evict=policy, capacity=capacity, batch=1)
+    cache: Any = eff.kv_cache(prepared, form, evict=policy, capacity=capacity)
     prepared(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     states = [layer.state for layer in cache.packed]
     saved = [{part: tensor.clone() for part, tensor in state.items()} for state in states]
