@@ -98,7 +98,7 @@ def amount(unit: str, arm: Mapping[str, Any]) -> str:
     """Return an arm's figure with its unit: GFLOP/s where it has a rate, else time or memory."""
     if "gflops" in arm:
         return f"{arm['gflops']:.4g} GFLOP/s"
-    value = arm["bytes"]["call_peak"] if "bytes" in arm else arm["seconds"]["median"]
+    value = arm["bytes"]["call_peak"] if unit == "bytes" else arm["seconds"]["median"]
     return " ".join(_scale(unit, value))
 
 

@@ -65,6 +65,7 @@ def test_amounts_have_units() -> None:
     assert report.amount("compilation", {"seconds": {"median": 9.26}}) == "9.3 s"
     assert report.amount("call", {"seconds": {"median": 12.34}}) == "12.3 s"
     assert report.amount("token", {"seconds": {"median": 0.01234}}) == "12.3 ms"
+    assert report.amount("token", {"seconds": {"median": 0.01234}, "bytes": 65536}) == "12.3 ms"
     assert report.amount("call", {"seconds": {"median": 1.0}, "gflops": 123.456}) == "123.5 GFLOP/s"
 
 
