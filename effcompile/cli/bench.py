@@ -149,6 +149,8 @@ def _write_pages(report: Any, documents: Any) -> int:
     if quality := [document for document in documents if document["case"] == "sparse-quality"]:
         latest = max(quality, key=lambda document: max(document["runs"]))
         pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", latest)
+    if caches := [document for document in documents if document["case"] == "kv-decode"]:
+        pages["docs/kv_cache.md"] = load("cache_report").write(checkout() / "docs", caches)
     for page, changed in pages.items():
         stdout().print(f"{page}: results written" if changed else f"{page}: already up to date")
     return 0
