@@ -173,10 +173,7 @@ class KVDecode(BaseCase):
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
                 arms[name] = _bytes(arm, plain, length, FORMATS.get(name, ""))
                 watch.tick(name)
-        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
-        for name, spread in spreads.items():
-            arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
-        return arms, spreads
+        return _with_quality(arms, samples, scores)
 
     def _evict(
         self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
@@ -199,10 +196,7 @@ class KVDecode(BaseCase):
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
                 arms[name] = _bytes(arm, plain, length, " evict=".join(evicting(name, prompt)))
                 watch.tick(name)
-        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
-        for name, spread in spreads.items():
-            arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
-        return arms, spreads
+        return _with_quality(arms, samples, scores)
 
     def _generate(
         self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
@@ -239,6 +233,16 @@ class KVDecode(BaseCase):
 def _steps(arm: CacheArm, ids: Tensor) -> Tensor:
     """Feed tokens one by one; return the logits `[1, S, V]`."""
     return torch.cat([arm.call(ids[:, place : place + 1]).clone() for place in range(ids.shape[1])], 1)
+
+
+def _with_quality(
+    arms: dict[str, Any], samples: dict[str, list[float]], scores: dict[str, Score]
+) -> tuple[dict[str, Any], dict[str, Spread]]:
+    """Add to each arm that ran its seconds and what its model says; return the arms and the spreads."""
+    spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
+    for name, spread in spreads.items():
+        arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
+    return arms, spreads
 
 
 def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[str, Any]:

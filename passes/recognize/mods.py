@@ -58,9 +58,8 @@ class ModReader(Reader):
             with self.outer.unsure() if self._unsure else _sure():
                 if all(map(never_negative, index)):
                     return self.outer.element(value, index, self.at)
-                return self.outer.leaf(
-                    value, index, self.at
-                )  # torch counts a negative place from the end, and so does a load
+                # torch counts a negative place from the end, and so does a load
+                return self.outer.leaf(value, index, self.at)
         number = self._written_number(node)
         if number is None:
             what = "the score itself" if node in self.bound else f"`{op_name(node) or node.name}`"
