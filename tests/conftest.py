@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -16,6 +17,10 @@ settings.register_profile(
     "deep", max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 settings.load_profile(os.environ.get("EFF_PROFILE", "quick"))
+
+# Tracing makes and drops many small objects beside a large heap of modules, which the default thresholds walk far too
+# often: a tenth of a test's time.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from tests.support.hf_zoo import Call, MatrixCase, cases, lost_by_dynamo, run_ca
 from tests.support.hf_zoo.golden import torch_minor
 
 ACCEPT = "python -m tests.support.coverage --accept"
-WHOLE = ("llama", "mistral")  # cases whose every call runs in the quick suite
+WHOLE = ("llama",)  # cases whose every call runs in the quick suite
+ALSO = {("mistral", "decode_static"), ("gemma3", "decode_left_pad")}  # windows over a cache
 FIRST = ("bart", "whisper", "speech2text", "t5")  # the slowest to trace: their first call does
 
 
@@ -21,7 +22,8 @@ def pairs(quick_only: bool = True) -> list[object]:
         for call in case.calls:
             first_pad = next((c for c in case.calls if c.name.endswith("pad") and c.decode is None), None)
             padded = call is first_pad and case.twin is None and case.name not in FIRST
-            quick = case.name in WHOLE or call is case.calls[0] or padded
+            also = (case.name, call.name) in ALSO
+            quick = case.name in WHOLE or call is case.calls[0] or padded or also
             marks = [] if quick and quick_only else [pytest.mark.slow]
             if reason := lost_by_dynamo(case):
                 marks = [pytest.mark.skip(reason=reason)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -251,3 +253,32 @@ def test_a_subclass_input_is_refused_by_name() -> None:
     x, w = draw(2, 2, 6, 8), Halves(draw(8, 8), draw(8, 8, seed=1))
     close(torch.compile(model, backend="eff", options=CHEAP)(x, w), model(x, w.low + w.high))
     assert eff.report()["counters"] == {"refused EFF-G304": 1}
+
+
+@torch.no_grad()
+def test_a_distributed_weight_is_refused_by_name(tmp_path: Path) -> None:
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor, init_device_mesh
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(self.q(x) @ x.transpose(-1, -2), -1) @ x
+
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    try:
+        mesh, model, whole = init_device_mesh("cpu", (1,)), Attend(), draw(2, 2, 6, 8)
+        expected = model(whole)
+        distribute_module(model, mesh)
+        found = torch.compile(model, backend="eff", options=CHEAP)(distribute_tensor(whole, mesh, [Replicate()]))
+        assert isinstance(found, DTensor)
+        close(found.full_tensor(), expected)
+    finally:
+        dist.destroy_process_group()
+    report = eff.report()
+    assert report["counters"] == {"refused EFF-G304": 1}
+    assert "DTensor" in report["notices"][0]

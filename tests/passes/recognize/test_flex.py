@@ -90,8 +90,15 @@ def test_repeated_heads_are_looked_through() -> None:
     check_raised(call, qkv(heads=2), "causal", kv_heads=2, idiom="flex+repeat_kv")
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize(
+    ("contiguous", "dynamic"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_layout_of_the_result_is_kept_for_those_who_can_tell(contiguous: bool, dynamic: bool) -> None:
     def view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = masked(causal, score=lambda s, b, h, i, j: torch.tanh(s))(q, k, v)
