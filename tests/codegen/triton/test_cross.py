@@ -52,6 +52,20 @@ def check(key: str, line: dict) -> None:
         assert line["registers"] * line["threads"] <= 65536, key
 
 
+def agree(key: str, line: dict, table: dict[str, dict]) -> None:
+    """Compare with the record, where it is of this Triton.
+
+    LLVM's AMD backend does not always break ties alike: one of these lines was seen with two texts that use the same
+    registers, memory and instructions. So the text itself counts on NVIDIA only.
+    """
+    if cross.version() != resources.load()["triton"]:
+        return
+    left_out = {"digest"} if "/gfx" in key else set()
+    assert {k: v for k, v in line.items() if k not in left_out} == {
+        k: v for k, v in table[key].items() if k not in left_out
+    }
+
+
 def test_no_default_config_spills_and_all_fit(table: dict[str, dict]) -> None:
     for key, line in table.items():
         check(key, line)
@@ -71,8 +85,7 @@ def test_matrix_units_are_used(table: dict[str, dict]) -> None:
 def test_a_few_lines_compiled_anew(key: str, table: dict[str, dict]) -> None:
     line = resources.line(key)
     check(key, line)
-    if cross.version() == resources.load()["triton"]:
-        assert line == table[key]
+    agree(key, line, table)
 
 
 @pytest.mark.slow
@@ -80,8 +93,7 @@ def test_a_few_lines_compiled_anew(key: str, table: dict[str, dict]) -> None:
 def test_every_line_compiled_anew(key: str, table: dict[str, dict]) -> None:
     line = resources.line(key)
     check(key, line)
-    if cross.version() == resources.load()["triton"]:
-        assert line == table[key]
+    agree(key, line, table)
 
 
 @pytest.mark.slow
