@@ -20,7 +20,7 @@ from effcompile.core.expr_eval import evaluate, to_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops.tiled import K_BLOCK, Q_BLOCK
 
-KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "tiled", "flex", "math")
+KERNELS = ("dense", "sdpa", "sdpa-causal", "padded", "blocked", "tiled", "span", "flex", "math")
 SPARSE = (*(f"blocks-{density}" for density in DENSITIES), *(f"choose-{name}" for name in SELECTORS))
 SQUARE = ("full", "causal", "window", "padding", "causal-padding", "documents")
 DECODE = ("decode", "decode-mask")
@@ -161,6 +161,7 @@ class Problem:
             "padded": "the mask is not key padding",
             "blocked": "there is no mask",
             "tiled": "one query",
+            "span": self._kernel(self._span, self.kept()) if self.kind == "decode-mask" else "the last key is not data",
             "flex": self._kernel(self._flex, self.visited((_FLEX_BLOCK, _FLEX_BLOCK)))
             if mask is not None and self.extents[2] > 1
             else "no mask, or one query",
@@ -195,6 +196,12 @@ class Problem:
 
     def _kernel(self, build: Callable[[], Callable[[], Tensor]], share: float) -> Kernel:
         return Kernel(build, self.flops(share), {"visited": round(share, 4)})
+
+    def _span(self) -> Callable[[], Tensor]:
+        last = self.loads[0].sum(-1) - 1  # of each sequence: its first keys are there
+        span, scale = torch.stack([torch.zeros_like(last), last]), self.q.shape[3] ** -0.5
+        op = torch.ops.eff.attention_span_v1
+        return lambda: op(self.q, self.k, self.v, None, None, span, "zero", scale)
 
     def _flex(self) -> Callable[[], Tensor]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -32,12 +32,14 @@ _CALL = {
     "padded": 4e-5,
     "blocked": 6e-5,
     "tiled": 2e-4,
+    "span": 3e-5,
     "flex": 3e-5,
     "blocks": 5e-4,
     "pages": 2e-4,
     "math": 6e-5,
 }  # seconds a call costs apart from its work
 _OTHER = 1e-5
+_LIKE = {"span": "dense"}  # a kernel that is another one on fewer keys, behind a call of its own
 _NEAREST = {"float16": "bfloat16", "float64": "float32"}  # the measured dtype whose rate stands in
 
 
@@ -56,6 +58,8 @@ def seconds(kind: str, site: AttentionSite, target: Target, share: float) -> flo
 def price(kind: str, site: AttentionSite, target: Target, share: float) -> Supported:
     """Return the time of one call that visits a `share` of all pairs, measured where the table covers the site."""
     found = _measured(kind, site, target, _flops(site, share))
+    if found is None and kind in _LIKE:
+        return Supported(seconds(_LIKE[kind], site, target, share) + _CALL[kind])
     if found is None:
         half = site.dtype in ("bfloat16", "float16")
         return Supported(_flops(site, share) / (_peak(site, target) * _RATE[kind][half]) + _CALL.get(kind, _OTHER))
