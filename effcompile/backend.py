@@ -20,10 +20,11 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import Compiled, asked_policies, compile_program
+from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program
 from effcompile.core.collector import paused
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
+from effcompile.core.experts import FAMILY
 from effcompile.core.options import DOORS, Options
 from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.sizes import place_of_size, symbolic_sizes
@@ -186,11 +187,12 @@ def check_doors(options: Options) -> None:
     for family, spelled in options.families:
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
-        if family not in SITE_FAMILIES:
+        if family not in (*SITE_FAMILIES, FAMILY):
             raise EffError(
                 "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
             )
     asked_policies(options)
+    asked_dispatch(options)
 
 
 def target_of(options: Options, device: str) -> Target:

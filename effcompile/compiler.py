@@ -17,6 +17,7 @@ from effcompile import discover, ops
 from effcompile.capture.dynamo import module_of
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError, unknown
+from effcompile.core.experts import FAMILY, ExpertDispatch, MoESite
 from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
 from effcompile.core.plan import Plan, Range
@@ -29,9 +30,12 @@ from effcompile.core.target import Target
 from effcompile.core.verify import verify
 from effcompile.lowering.attention.estimate import price_choice
 from effcompile.lowering.lower import lower
+from effcompile.lowering.moe.lower import lower_experts
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
+from effcompile.passes.recognize.experts import RecognizedExperts, recognize_experts
 from effcompile.passes.recognize.kv_cache import recognize_caches
+from effcompile.planning import experts as planning_experts
 from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
 from effcompile.planning.pricing import products
 from effcompile.planning.replay import replayed
@@ -55,6 +59,8 @@ class Compiled:
     range: Range = "any"
     other: Callable[[], Program] | None = None
     caches: tuple[CacheSite, ...] = ()
+    experts: tuple[MoESite, ...] = ()
+    experts_missed: tuple[Missed, ...] = ()
 
 
 @dataclass
@@ -80,17 +86,21 @@ def compile_program(
     program = _run(early, program, Plan.single(str(target)), dump, tank)
     found = recognize_attention(program, _locate)
     program = verify(program, found.program, "recognize")
+    experts = recognize_experts(program, _locate)
+    program = verify(program, experts.program, "recognize experts")
     caches = recognize_caches(program, _locate)
     dump.program("recognized", program)
     clock.lap("recognize")
 
     sizes = symbolic_sizes(program.entries[0].graph.graph)
-    plan = _plan(found, program, target, options, kernels, passes, sizes)
+    plan = _plan(found, experts, program, target, options, kernels, passes, sizes)
     policies = policies_of(plan)
     asked = {policy.family for mine in policies.values() for policy in mine} | {
         p.family for p in asked_policies(options)
     }
     keep_contract(plan, options.require, found.sites, found.missed, asked=sorted(asked))
+    left = [(item.site.id, item.site.source, str(item.refusal)) for item in experts.missed]
+    planning_experts.keep_experts(options.require, len(experts.sites), left)
     dump.text("plan.json", plan.to_json())
     clock.lap("plan")
 
@@ -103,6 +113,7 @@ def compile_program(
         program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
         clock.lap("rewrite")
         program = verify(program, lower(program, plan, sites, kernels).program, "lower")
+        program = verify(program, lower_experts(program, plan, experts.sites, all_dispatches()), "lower experts")
         dump.program("kernels", program)
         program = _run(_phase(chosen, "lowered"), program, plan, dump, tank)
         dump.program("lowered", program)
@@ -130,6 +141,8 @@ def compile_program(
         here,
         other,
         caches,
+        experts.sites,
+        experts.missed,
     )
 
 
@@ -139,6 +152,7 @@ def _locate(node: fx.Node) -> tuple[str, str]:
 
 def _plan(
     found: Recognized,
+    experts: RecognizedExperts,
     program: Program,
     target: Target,
     options: Options,
@@ -159,10 +173,16 @@ def _plan(
     insist = frozenset(family for family, _ in options.require)
     given = Circumstances(target, kernels, training, sizes, others, insist)
     asked = asked_policies(options)
+    dispatches = all_dispatches()
     if options.plan is None:
-        return make_plan(found.sites, found.missed, given, choices, policies=asked)
-    named = policies_of(options.plan.part({site.id: site.fingerprint for site in found.sites}, training))
-    return replayed(options.plan, found.sites, given, choices, named)
+        plan = make_plan(found.sites, found.missed, given, choices, policies=asked)
+        dispatch = asked_dispatch(options)
+        return planning_experts.with_experts(plan, experts.sites, experts.missed, target, dispatches, dispatch)
+    others_known = planning_experts.fingerprints(experts.sites)
+    known = {site.id: site.fingerprint for site in found.sites} | others_known
+    named = policies_of(options.plan.part(known, training))
+    part = replayed(options.plan, found.sites, given, choices, named, others_known)
+    return planning_experts.replay_experts(part, experts.sites, target, dispatches)
 
 
 def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:
@@ -244,6 +264,29 @@ def policies_of(plan: Plan) -> dict[str, tuple[Policy, ...]]:
 
 def _order(family: str) -> int:
     return SITE_FAMILIES.index(family)
+
+
+def all_dispatches() -> tuple[ExpertDispatch, ...]:
+    """Return one instance of every dispatch of experts."""
+    found = discover.classes(ExpertDispatch, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
+    return tuple(cls() for cls in found)
+
+
+def asked_dispatch(options: Options) -> str:
+    """Return the dispatch of experts that the options ask for, '' where they ask for none.
+
+    Raises:
+        EffError: EFF-U014 where there is none of that name, EFF-U015 beside a plan.
+    """
+    asked = dict(options.families).get(FAMILY, "")
+    planning_experts.check_asked(asked, all_dispatches())
+    if asked and options.plan is not None:
+        raise EffError(
+            "EFF-U015",
+            f"`{FAMILY}` together with `plan`, which names the dispatch of every site",
+            hint="edit the plan, or leave one of them out",
+        )
+    return asked
 
 
 def all_kernels() -> tuple[AttentionKernel, ...]:

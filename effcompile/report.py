@@ -15,6 +15,7 @@ from typing import Any
 
 from effcompile.compiler import Compiled
 from effcompile.core.errors import EffError
+from effcompile.core.experts import FAMILY
 from effcompile.core.policy import SITE_FAMILIES
 
 
@@ -71,8 +72,11 @@ def compiled(result: Compiled, seconds: dict[str, float]) -> None:
     _LOG.counters["graphs"] += 1
     _LOG.counters["sites"] += len(result.sites)
     _LOG.counters["missed"] += len(result.missed)
-    if result.caches:
-        _LOG.counters["caches"] += len(result.caches)
+    for word, found in (("caches", result.caches), ("experts", result.experts)):
+        if found:
+            _LOG.counters[word] += len(found)
+    if result.experts_missed:
+        _LOG.counters["experts missed"] += len(result.experts_missed)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "eff_plan", "encoding": "json"},
@@ -139,7 +143,14 @@ def summary() -> dict[str, Any]:
                     for site in record.compiled.sites
                 ],
                 "caches": [site.to_json() for site in record.compiled.caches],
-                "missed": [{**m.site.to_json(), "refusal": str(m.refusal)} for m in record.compiled.missed],
+                "experts": [
+                    {**site.to_json(), "dispatch": record.compiled.plan.policy(site.id, FAMILY)}
+                    for site in record.compiled.experts
+                ],
+                "missed": [
+                    {**m.site.to_json(), "refusal": str(m.refusal)}
+                    for m in (*record.compiled.missed, *record.compiled.experts_missed)
+                ],
                 "notes": list(record.compiled.plan.notes),
                 "breaks": [{"reason": b.reason, "source": b.source} for b in record.compiled.program.breaks],
             }

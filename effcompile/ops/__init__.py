@@ -28,6 +28,7 @@ def register() -> None:
         kv,
         linear,
         mask_tensor,
+        moe,
         packing,
         paged_decode,
         tiled,
@@ -47,6 +48,7 @@ def register() -> None:
         kv,
         linear,
         mask_tensor,
+        moe,
         packing,
         tiled,
     )

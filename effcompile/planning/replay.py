@@ -30,8 +30,10 @@ def replayed(
     given: Circumstances,
     passes: Sequence[PassChoice],
     policies: Mapping[str, Sequence[Policy]],
+    others: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Return the part of a plan for one graph; `policies` are those that it names, by site.
+    """Return the part of a plan for one graph; `policies` are those that it names, by site, `others` the fingerprints of sites of
+    other kinds.
 
     A person who edits the policy of a site need not know which kernels run it: where the named kernel fits the site no longer,
     another is chosen, and a note says so.
@@ -39,7 +41,8 @@ def replayed(
     Raises EFF-P501 where the plan has no graph with these sites, EFF-P506 where a choice names a kernel or pass that
     is not there, that cannot run the site exactly on this target, or that the options leave out, or a policy that refuses the site.
     """
-    part = plan.part({site.id: site.fingerprint for site in sites}, given.training)
+    others = others or {}
+    part = plan.part({site.id: site.fingerprint for site in sites} | dict(others), given.training)
     for site in sites:
         mine, density, seen = policies.get(site.id, ()), 1.0, site
         for number, policy in enumerate(mine):
@@ -49,7 +52,7 @@ def replayed(
             density, seen = density * proposal.density, policy.narrowed(seen)
         for side in _sides(part):
             part = _checked(part, site, side, kind_of(site, mine, density), given, bool(mine))
-    _check_sites(part, sites, given)
+    _check_sites(part, {*(site.id for site in sites), *others}, given)
     _check_passes(part, passes)
     return part
 
@@ -103,13 +106,12 @@ def _refused(name: str, site: AttentionSite, why: Refusal) -> EffError:
     )
 
 
-def _check_sites(part: Plan, sites: Sequence[AttentionSite], given: Circumstances) -> None:
+def _check_sites(part: Plan, known: set[str], given: Circumstances) -> None:
     """Refuse a second choice for a site, and one for a site or size that is not there: none would be followed."""
     if part.split is not None and given.training:
         raise EffError("EFF-P506", "the plan splits a size, which needs two graphs: not where gradients flow")
     if part.split is not None and part.split.size not in given.sizes:
         raise unknown("EFF-P506", "size that the plan splits", part.split.size, given.sizes)
-    known = {site.id for site in sites}
     for side in _sides(part):
         ids = [(choice.family, choice.site) for choice in part.within(side).choices if choice.family != "pass"]
         for number, (family, name) in enumerate(ids):

@@ -1,0 +1,280 @@
+// The two products of one expert with many or a few of its tokens. It comes after moe_tiles.h and before moe.cpp.
+
+namespace {
+
+// Row of the first weight that gives the gate (which = 0) or the other half (1) of inner number i.
+inline int64_t place(const Gate& gate, int64_t inner, int64_t i, int which) {
+  return gate.layout == 2 ? 2 * i + which : which * inner + i;
+}
+
+// Point at rows of weights as contiguous floats: the model's own where they are, else copies. `which` names outputs.
+template <typename T>
+void ready(const Weights<T>& weights, const int64_t* which, int64_t count, const float** rows, float* space) {
+  const Shape& shape = weights.shape;
+  if constexpr (std::is_same_v<T, float>) {
+    if (!shape.transposed) {
+      for (int64_t i = 0; i < count; ++i) rows[i] = weights.data + which[i] * shape.stride;
+      return;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) rows[i] = space + i * shape.depth;
+  if (!shape.transposed) {
+    for (int64_t i = 0; i < count; ++i) widen(weights.data + which[i] * shape.stride, shape.depth, space + i * shape.depth);
+    return;
+  }
+  // Columns of a transposed weight; neighbors are read together where `which` counts up.
+  for (int64_t i = 0; i < count;) {
+    int64_t run = 1;
+    while (i + run < count && which[i + run] == which[i] + run && run < W) ++run;
+    const T* from = weights.data + which[i];
+    float* to = space + i * shape.depth;
+    int64_t k = 0;
+    if (run == W) {
+      float held[W * W];
+      for (; k + W <= shape.depth; k += W) {
+        for (int j = 0; j < W; ++j) store(held + j * W, wide(from + (k + j) * shape.stride));
+        turn_block(held, W, to + k, shape.depth);
+      }
+    }
+    for (; k < shape.depth; ++k)
+      for (int64_t j = 0; j < run; ++j) to[j * shape.depth + k] = static_cast<float>(from[k * shape.stride + j]);
+    i += run;
+  }
+}
+
+template <typename T>
+inline float bias_of(const Weights<T>& weights, int64_t output) {
+  return weights.bias ? static_cast<float>(weights.bias[output]) : 0.f;
+}
+
+// --- many tokens -----------------------------------------------------------------------------------------------------------
+
+// inner[panel][i][PANEL] = gate(W1 x + b1) for inner rows [low, high) of `tokens` tokens in panels.
+template <typename T>
+void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, const float* panels, int64_t depth, int64_t tokens,
+                int64_t low, int64_t high, float* out, Scratch& own) {
+  const bool halves = gate.layout != 0;
+  const int64_t step = halves ? BLOCK / 2 : BLOCK;
+  const bool copied = !std::is_same_v<T, float> || weights.shape.transposed;
+  float* space = own.weights(copied ? BLOCK * depth : 0);
+  float* c = own.tile(BLOCK * PANEL);
+  for (int64_t i = low; i < high; i += step) {
+    const int64_t many = std::min(step, high - i);
+    int64_t which[BLOCK];
+    const float *rows[BLOCK], *ordered[BLOCK];
+    // Where they lie next to each other they are read so; the tile takes all gates first.
+    const bool pairs = gate.layout == 2;
+    for (int64_t j = 0; j < many; ++j) {
+      which[pairs ? 2 * j : j] = place(gate, inner, i + j, 0);
+      if (halves) which[pairs ? 2 * j + 1 : many + j] = place(gate, inner, i + j, 1);
+    }
+    const int64_t all = halves ? 2 * many : many;
+    ready(weights, which, all, rows, space);
+    for (int64_t j = 0; j < many; ++j) {
+      ordered[j] = rows[pairs ? 2 * j : j];
+      if (halves) ordered[many + j] = rows[pairs ? 2 * j + 1 : many + j];
+    }
+    for (int64_t begin = 0; begin < tokens; begin += PANEL) {
+      const int64_t here = std::min(PANEL, tokens - begin);
+      multiply(here, all, ordered, depth, panels + begin * depth, c);
+      for (int64_t j = 0; j < many; ++j) {
+        const float bg = bias_of(weights, place(gate, inner, i + j, 0)), bu = halves ? bias_of(weights, place(gate, inner, i + j, 1)) : 0.f;
+        float* to = out + begin * inner + (i + j) * PANEL;
+        for (int64_t n = 0; n < here; n += W) {
+          const Vec g = Vec::loadu(c + j * PANEL + n) + Vec(bg);
+          const Vec u = halves ? Vec::loadu(c + (many + j) * PANEL + n) + Vec(bu) : g;
+          combined(gate, g, u).store(to + n);
+        }
+      }
+    }
+  }
+}
+
+// take(token, first output, values, count) gets W2 inner + b2 for outputs [low, high).
+template <typename T, typename F>
+void many_second(const Weights<T>& weights, const float* panels, int64_t depth, int64_t tokens, int64_t low, int64_t high, Scratch& own,
+                 F take) {
+  const bool copied = !std::is_same_v<T, float> || weights.shape.transposed;
+  float* space = own.weights(copied ? BLOCK * depth : 0);
+  float* c = own.tile((BLOCK + W) * PANEL + PANEL * BLOCK);
+  float* turned = c + (BLOCK + W) * PANEL;
+  for (int64_t h = low; h < high; h += BLOCK) {
+    const int64_t many = std::min(BLOCK, high - h);
+    int64_t which[BLOCK];
+    const float* rows[BLOCK];
+    for (int64_t j = 0; j < many; ++j) which[j] = h + j;
+    ready(weights, which, many, rows, space);
+    for (int64_t begin = 0; begin < tokens; begin += PANEL) {
+      const int64_t here = std::min(PANEL, tokens - begin);
+      multiply(here, many, rows, depth, panels + begin * depth, c);
+      if (weights.bias)
+        for (int64_t j = 0; j < many; ++j) {
+          const Reg b = every(bias_of(weights, h + j));
+          for (int64_t n = 0; n < here; n += W) store(c + j * PANEL + n, add(load(c + j * PANEL + n), b));
+        }
+      for (int64_t j = 0; j < many; j += W)
+        for (int64_t n = 0; n < here; n += W) turn_block(c + j * PANEL + n, PANEL, turned + n * BLOCK + j, BLOCK);
+      for (int64_t i = 0; i < here; ++i) take(begin + i, h, turned + i * BLOCK, many);
+    }
+  }
+}
+
+// --- a few tokens: rows of weights times rows of tokens ------------------------------------------------------------------------
+
+template <int R, int N, typename T>
+inline void dots(const T* const* w, const float* const* x, int64_t depth, float (*out)[N]) {
+  Reg sum[R][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+    for (int n = 0; n < N; ++n) sum[i][n] = every(0.f);
+  int64_t k = 0;
+  for (; k + W <= depth; k += W) {
+    Reg tokens[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) tokens[n] = load(x[n] + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Reg weight = wide(w[i] + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[i][n] = plus_product(sum[i][n], weight, tokens[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+    for (int n = 0; n < N; ++n) {
+      out[i][n] = total(sum[i][n]);
+      for (int64_t rest = k; rest < depth; ++rest) out[i][n] += static_cast<float>(w[i][rest]) * x[n][rest];
+    }
+}
+
+constexpr int rows_for(int n) { return W == 16 ? (n <= 2 ? 8 : n <= 4 ? 4 : 2) : n <= 2 ? 4 : 2; }
+
+// c[row * N + token] for rows that `row(i)` points at.
+template <int N, typename T, typename F>
+void dot_rows(int64_t count, F row, const float* x, int64_t depth, float* c) {
+  constexpr int R = rows_for(N);
+  const float* tokens[N];
+  for (int n = 0; n < N; ++n) tokens[n] = x + n * depth;
+  int64_t i = 0;
+  const T* w[R];
+  for (; i + R <= count; i += R) {
+    for (int r = 0; r < R; ++r) w[r] = row(i + r);
+    dots<R, N>(w, tokens, depth, reinterpret_cast<float(*)[N]>(c + i * N));
+  }
+  for (; i < count; ++i) {
+    w[0] = row(i);
+    dots<1, N>(w, tokens, depth, reinterpret_cast<float(*)[N]>(c + i * N));
+  }
+}
+
+// c[output * N + token] for outputs [low, low + count) of a transposed weight: one row after the other, a run of outputs at a time.
+template <int N, typename T>
+void column_sums(const Weights<T>& weights, int64_t low, int64_t count, const float* x, float* c) {
+  constexpr int V = W == 16 ? (N <= 2 ? 8 : N <= 4 ? 4 : 2) : N <= 2 ? 4 : 1;
+  const int64_t depth = weights.shape.depth, stride = weights.shape.stride;
+  int64_t j = 0;
+  for (; j + V * W <= count; j += V * W) {
+    Reg sum[N][V];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+      for (int v = 0; v < V; ++v) sum[n][v] = every(0.f);
+    const T* from = weights.data + low + j;
+    for (int64_t k = 0; k < depth; ++k, from += stride) {
+      Reg w[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) w[v] = wide(from + v * W);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const Reg token = every(x[n * depth + k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sum[n][v] = plus_product(sum[n][v], token, w[v]);
+      }
+    }
+    float held[V * W];
+    for (int n = 0; n < N; ++n) {
+      for (int v = 0; v < V; ++v) store(held + v * W, sum[n][v]);
+      for (int i = 0; i < V * W; ++i) c[(j + i) * N + n] = held[i];
+    }
+  }
+  if (j == count) return;
+  std::fill(c + j * N, c + count * N, 0.f);
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t i = j; i < count; ++i) {
+      const float w = static_cast<float>(weights.data[k * stride + low + i]);
+      for (int n = 0; n < N; ++n) c[i * N + n] += w * x[n * depth + k];
+    }
+}
+
+// c[output * N + token] for outputs [low, low + count).
+template <int N, typename T>
+void outputs(const Weights<T>& weights, int64_t low, int64_t count, const float* x, float* c) {
+  if (weights.shape.transposed) return column_sums<N>(weights, low, count, x, c);
+  const T* data = weights.data + low * weights.shape.stride;
+  dot_rows<N, T>(count, [&](int64_t i) { return data + i * weights.shape.stride; }, x, weights.shape.depth, c);
+}
+
+template <int N, typename T>
+void few_first_of(const Weights<T>& weights, const Gate& gate, int64_t inner, const float* x, int64_t low, int64_t high, float* out,
+                  Scratch& own) {
+  const int64_t many = high - low, halves = gate.layout ? 2 : 1;
+  float* c = own.tile(halves * many * N + 4 * W * N);
+  if (gate.layout == 2) {
+    outputs<N>(weights, 2 * low, 2 * many, x, c);
+  } else {
+    outputs<N>(weights, low, many, x, c);
+    if (gate.layout == 1) outputs<N>(weights, inner + low, many, x, c + many * N);
+  }
+  for (int64_t i = 0; i < many; ++i) {
+    const float* g = gate.layout == 2 ? c + 2 * i * N : c + i * N;
+    const float* u = gate.layout == 2 ? g + N : gate.layout == 1 ? c + (many + i) * N : g;
+    const Vec bg(bias_of(weights, place(gate, inner, low + i, 0)));
+    const Vec bu(gate.layout ? bias_of(weights, place(gate, inner, low + i, 1)) : 0.f);
+    float held[W];
+    combined(gate, Vec::loadu(g, N < W ? N : W) + bg, Vec::loadu(u, N < W ? N : W) + bu).store(held);
+    for (int n = 0; n < N; ++n) out[n * inner + low + i] = held[n];
+  }
+}
+
+template <int N, typename T, typename F>
+void few_second_of(const Weights<T>& weights, const float* x, int64_t low, int64_t high, Scratch& own, F take) {
+  const int64_t many = high - low;
+  float* c = own.tile(many * N + 4 * W * N);
+  outputs<N>(weights, low, many, x, c);
+  for (int64_t i = 0; i < many; ++i) {
+    const float bias = bias_of(weights, low + i);
+    for (int n = 0; n < N; ++n) take(n, low + i, c[i * N + n] + bias);
+  }
+}
+
+// inner rows out[token][inner] = gate(W1 x + b1), for inner rows [low, high).
+template <typename T>
+void few_first(const Weights<T>& weights, const Gate& gate, int64_t inner, const float* x, int64_t depth, int64_t tokens, int64_t low,
+               int64_t high, float* out, Scratch& own) {
+  static_assert(FEW == 8);
+  switch (tokens) {
+    case 1: return few_first_of<1>(weights, gate, inner, x, low, high, out, own);
+    case 2: return few_first_of<2>(weights, gate, inner, x, low, high, out, own);
+    case 3: return few_first_of<3>(weights, gate, inner, x, low, high, out, own);
+    case 4: return few_first_of<4>(weights, gate, inner, x, low, high, out, own);
+    case 5: return few_first_of<5>(weights, gate, inner, x, low, high, out, own);
+    case 6: return few_first_of<6>(weights, gate, inner, x, low, high, out, own);
+    case 7: return few_first_of<7>(weights, gate, inner, x, low, high, out, own);
+    default: return few_first_of<8>(weights, gate, inner, x, low, high, out, own);
+  }
+}
+
+template <typename T, typename F>
+void few_second(const Weights<T>& weights, const float* x, int64_t depth, int64_t tokens, int64_t low, int64_t high, Scratch& own, F take) {
+  switch (tokens) {
+    case 1: return few_second_of<1>(weights, x, low, high, own, take);
+    case 2: return few_second_of<2>(weights, x, low, high, own, take);
+    case 3: return few_second_of<3>(weights, x, low, high, own, take);
+    case 4: return few_second_of<4>(weights, x, low, high, own, take);
+    case 5: return few_second_of<5>(weights, x, low, high, own, take);
+    case 6: return few_second_of<6>(weights, x, low, high, own, take);
+    case 7: return few_second_of<7>(weights, x, low, high, own, take);
+    default: return few_second_of<8>(weights, x, low, high, own, take);
+  }
+}
+
+}  // namespace

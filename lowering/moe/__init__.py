@@ -1,0 +1,5 @@
+"""Run the experts of a layer after routing: one dispatch a file, all exact up to rounding, priced in `price.py`.
+
+`fused` is our own code on CPU, which serves any number of tokens; elsewhere `batched` pays for a few tokens, `grouped` for many,
+`dense` where nearly every token wants every expert, and `loop` runs what nothing else can. Weights stay as the model has them.
+"""

@@ -1,0 +1,53 @@
+"""Price the dispatches of experts: arithmetic at a share of the chip's rate, against the bytes that have to move.
+
+The shares are modelled but for `fused` and `loop`, which were read off measured blocks (bench/cases/moe.py). A decode step is
+bound by the weights of the distinct experts that its tokens hit: under even routing E (1 - (1 - k/E)^T) of them, an upper
+estimate.
+"""
+
+from __future__ import annotations
+
+from effcompile.core.density import NOMINAL
+from effcompile.core.experts import MoESite
+from effcompile.core.kernel import Supported
+from effcompile.core.target import Target, element_bytes
+
+SHARES = {"fused": 0.75, "grouped": 0.5, "batched": 0.3, "dense": 0.6, "loop": 0.4}
+"""Of the chip's peak, by dispatch."""
+_TRAFFIC = {"fused": 1.0, "grouped": 1.0, "batched": 3.0, "dense": 1.0, "loop": 1.0}
+"""How often a weight that is used crosses the memory bus: fetched ones are read, written and read again."""
+_ROWS = {"fused": 2.0, "grouped": 8.0, "batched": 6.0, "dense": 6.0, "loop": 6.0}
+"""Reads and writes of a row of activations a slot."""
+_CALLS = {"fused": 2.0, "grouped": 40.0, "batched": 8.0, "dense": 6.0}
+"""Calls of the device. Those of grouped products are many: in a published decode run on a GPU they cost 0.9 ms a layer over fetched
+weights, sort, counts and set-up together."""
+
+
+def tokens(site: MoESite) -> int:
+    """Return the number of tokens, the nominal one where it is a symbol."""
+    return site.tokens if isinstance(site.tokens, int) else NOMINAL
+
+
+def distinct(site: MoESite) -> float:
+    """Return how many experts the tokens hit under even routing."""
+    return site.experts * (1 - (1 - site.top_k / site.experts) ** tokens(site))
+
+
+def weights(site: MoESite) -> int:
+    """Return the numbers in the weights of one expert."""
+    return (3 if site.gated else 2) * site.hidden * site.inner
+
+
+def price(name: str, site: MoESite, target: Target) -> Supported:
+    """Return the seconds of a dispatch, modelled."""
+    device, count = target.device, tokens(site)
+    slots = count * site.top_k
+    rows = count * site.experts if name == "dense" else slots
+    wide = element_bytes(site.dtype)
+    kinds = {"dense": float(site.experts), "batched": float(slots)}
+    moved = kinds.get(name, distinct(site)) * weights(site) * wide * _TRAFFIC[name]
+    moved += _ROWS[name] * rows * (site.hidden + site.inner) * wide
+    peak = device.peak(site.dtype if device.supports(site.dtype) else "float32")
+    compute = 2.0 * rows * weights(site) / (peak * SHARES[name])
+    calls = 12.0 * distinct(site) if name == "loop" else _CALLS[name]
+    return Supported(max(compute, moved / device.memory_bandwidth) + calls * device.call_overhead)

@@ -1,0 +1,367 @@
+"""Read the parts of a mixture of experts: products with the experts' weights, how tokens are sorted, and how results are summed.
+
+Each function takes the node where a part ends and returns what the part reads, or raises `Stop` with a code and a reason. Whatever
+it passes goes into `Seen.path`; nothing outside may read that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.core.site import Refusal
+from effcompile.passes.recognize.elements import op_name
+from effcompile.passes.recognize.match import same_size
+
+GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")
+VIEWS = ("view", "reshape", "_unsafe_view")
+COPIES = ("to", "_to_copy", "contiguous", "alias", "clone")
+
+
+class Stop(Exception):
+    """End a walk with a refusal."""
+
+    def __init__(self, code: str, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.refusal = Refusal(code, reason, hint)
+
+
+@dataclass
+class Seen:
+    """Collect the nodes between the operands and the result, who reads which operand, and how tokens are laid out."""
+
+    path: list[fx.Node] = field(default_factory=list)
+    reads: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    sort: fx.Node | None = None  # the node that gives the permutation, where tokens are sorted by expert
+    order: fx.Node | None = None  # the permutation itself
+    ids: fx.Node | None = None  # [T, k]
+    offsets: fx.Node | None = None
+    biased: list[fx.Node] = field(default_factory=list)
+
+    def take(self, node: Any, what: str) -> fx.Node:
+        """Add a node to the path and return it."""
+        if not isinstance(node, fx.Node):
+            raise Stop("EFF-M104", f"{what} is no tensor of the graph")
+        self.path.append(node)
+        return node
+
+    def read(self, operand: fx.Node, reader: fx.Node) -> fx.Node:
+        """Note that `reader` reads an operand."""
+        self.reads.append((operand, reader))
+        return operand
+
+
+@dataclass(frozen=True)
+class Product:
+    """Hold one product with the weights of experts."""
+
+    rows: fx.Node  # what it multiplies, one row a slot (or [E, T, in] of a dense spelling)
+    weight: fx.Node  # [E, out, in], or [E, in, out] where `transposed`
+    bias: fx.Node | None
+    transposed: bool
+    kind: str  # grouped, batched or dense
+
+
+def shape(node: fx.Node) -> Any:
+    """Return the recorded shape of a node, () where it is no tensor."""
+    return getattr(node.meta.get("val"), "shape", ())
+
+
+def through(node: Any, seen: Seen, *names: str) -> fx.Node:
+    """Follow views and copies (or the named operations) back, as long as they keep the elements in order."""
+    node = seen.take(node, "an operand")
+    while op_name(node) in (names or (*VIEWS, *COPIES)) and isinstance(node.args[0], fx.Node):
+        node = seen.take(node.args[0], "an operand")
+    seen.path.pop()
+    return node
+
+
+def casts(node: Any, seen: Seen) -> fx.Node:
+    """Follow casts between equal dtypes, which grouped products write before each call."""
+    while isinstance(node, fx.Node) and op_name(node) in COPIES and isinstance(node.args[0], fx.Node):
+        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            break
+        seen.path.append(node)
+        node = node.args[0]
+    return node
+
+
+def product(node: fx.Node, seen: Seen) -> Product:
+    """Return the product, with its bias, that ends at `node`."""
+    node = seen.take(node, "a product")
+    if op_name(node) in ("add", "add_") and _both(node) and not node.kwargs:
+        first, second = node.args[0], node.args[1]
+        if not _is_product(first):
+            first, second = second, first
+        if _is_product(first):
+            made = product(first, seen)  # type: ignore[arg-type]
+            return Product(made.rows, made.weight, _bias(second, made, node, seen), made.transposed, made.kind)
+    name = op_name(node)
+    if name in GROUPED:
+        return _grouped(node, seen)
+    if name == "baddbmm":
+        made = _dense(node, node.args[1], node.args[2], seen)
+        return Product(made.rows, made.weight, _bias(node.args[0], made, node, seen), made.transposed, made.kind)
+    if name == "squeeze" and op_name(node.args[0]) == "bmm":
+        return _batched(node, seen)
+    if name == "bmm":
+        return _dense(node, node.args[0], node.args[1], seen)
+    raise Stop("EFF-M104", f"`{name or node.op}` is no product with the weights of experts")
+
+
+def _is_product(node: Any) -> bool:
+    name = op_name(node) if isinstance(node, fx.Node) else ""
+    if name == "squeeze":
+        return op_name(node.args[0]) == "bmm"
+    return name in (*GROUPED, "bmm")
+
+
+def is_anchor(node: fx.Node) -> bool:
+    """Tell whether a node multiplies by the weights of experts beyond doubt: grouped, or with weights fetched by expert."""
+    if op_name(node) in GROUPED:
+        return True
+    return op_name(node) == "bmm" and any(
+        isinstance(arg, fx.Node) and _fetched(arg, Seen()) is not None for arg in node.args[:2]
+    )
+
+
+def _grouped(node: fx.Node, seen: Seen) -> Product:
+    rows, weight, offsets = node.args[:3]
+    if (len(node.args) > 3 and any(item is not None for item in node.args[3:])) or node.kwargs:
+        raise Stop("EFF-M104", "a grouped product with a bias or another dtype of its own")
+    if seen.offsets is not None and seen.offsets is not offsets:
+        raise Stop("EFF-M104", "the two products have different groups")
+    seen.offsets = offsets  # type: ignore[assignment]
+    found, transposed = _weight(weight, node, seen)
+    return Product(casts(rows, seen), found, None, transposed, "grouped")
+
+
+def _weight(node: Any, reader: fx.Node, seen: Seen) -> tuple[fx.Node, bool]:
+    """Return the 3-D weight and whether it is `[E, in, out]`, given the right factor `[E, in, out]` of a product."""
+    transposed = True
+    while op_name(node) in ("transpose", *COPIES) and isinstance(node.args[0], fx.Node):
+        if op_name(node) == "transpose":
+            if {int(dim) % 3 for dim in node.args[1:3]} != {1, 2}:
+                raise Stop("EFF-M104", "the weights are turned in another way than rows against columns")
+            transposed = not transposed
+        elif node.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            raise Stop("EFF-M105", "the weights are cast at every call", "model.to(dtype) once")
+        seen.path.append(node)
+        reader, node = node, node.args[0]
+    if not isinstance(node, fx.Node) or len(shape(node)) != 3:
+        raise Stop("EFF-M104", "the weights of the experts are no tensor [E, out, in]")
+    return seen.read(node, reader), transposed
+
+
+def _fetched(node: fx.Node, seen: Seen) -> tuple[fx.Node, fx.Node, bool] | None:
+    """Return (weights of all experts, ids, turned) of weights that were fetched by expert, `weights[ids]`."""
+    turned = False
+    while op_name(node) == "transpose" and {int(dim) % 3 for dim in node.args[1:3]} == {1, 2}:  # type: ignore[call-overload]
+        seen.path.append(node)
+        turned, node = not turned, node.args[0]  # type: ignore[assignment]
+    ids = _index(node)
+    whole = node.args[0] if ids is not None else None
+    if ids is None or not isinstance(whole, fx.Node) or len(shape(whole)) != 3 or len(shape(ids)) != 1:
+        return None
+    seen.path.append(node)
+    seen.read(whole, node)
+    return whole, ids, turned
+
+
+def _index(node: Any) -> fx.Node | None:
+    """Return the rows that `x[rows]` reads."""
+    if not isinstance(node, fx.Node):
+        return None
+    if op_name(node) == "index" and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        return node.args[1][0]  # type: ignore[index, return-value]
+    if op_name(node) == "index_select" and node.args[1] == 0:
+        return node.args[2]  # type: ignore[return-value]
+    return None
+
+
+def _batched(node: fx.Node, seen: Seen) -> Product:
+    bmm = seen.take(node.args[0], "a product")
+    dim = int(node.args[1]) % 3  # type: ignore[call-overload]
+    left, right = bmm.args[:2]
+    weight, rows = (left, right) if dim == 2 else (right, left)
+    found = _fetched(weight, seen)  # type: ignore[arg-type]
+    if found is None or dim == 0:
+        raise Stop("EFF-M104", "a batched product whose weights are not fetched by expert")
+    whole, ids, turned = found
+    rows = through(rows, seen, "contiguous", "clone")
+    if op_name(rows) != "unsqueeze" or int(rows.args[1]) % 3 != dim:  # type: ignore[call-overload]
+        raise Stop("EFF-M104", "a batched product of what is not one row an expert")
+    seen.take(rows, "the rows")
+    _same_ids(ids, seen)
+    return Product(rows.args[0], whole, None, (dim == 1) != turned, "batched")  # type: ignore[arg-type]
+
+
+def _dense(node: fx.Node, left: Any, right: Any, seen: Seen) -> Product:
+    weight, transposed = _weight(right, node, seen)
+    if not same_size(shape(left)[0], shape(weight)[0]):
+        raise Stop("EFF-M104", "a batch of products that is not over experts")
+    return Product(left, weight, None, transposed, "dense")
+
+
+def _bias(node: Any, made: Product, reader: fx.Node, seen: Seen) -> fx.Node:
+    """Return the bias `[E, out]` that is added to a product."""
+    node = seen.take(node, "the bias")
+    if made.kind == "dense":
+        if op_name(node) == "unsqueeze" and node.args[1] in (1, -2) and len(shape(node.args[0])) == 2:  # type: ignore[arg-type]
+            return seen.read(node.args[0], node)  # type: ignore[arg-type]
+        raise Stop("EFF-M104", "what is added to a product is no bias of its expert")
+    ids = _index(node)
+    whole = node.args[0]
+    if ids is None or not isinstance(whole, fx.Node) or len(shape(whole)) != 2:
+        raise Stop("EFF-M104", "what is added to a product is no bias of its expert")
+    _same_ids(ids, seen)
+    return seen.read(whole, node)
+
+
+def _same_ids(ids: fx.Node, seen: Seen) -> None:
+    """Check that rows are numbered by the ids of their slots: `[T k]` flat, or sorted where tokens are."""
+    seen.biased.append(ids)
+
+
+def flat_ids(node: Any, seen: Seen) -> fx.Node:
+    """Return ids `[T, k]` of flat ones."""
+    flat = node
+    node = through(node, seen)
+    if len(shape(node)) != 2 or node is flat:
+        raise Stop("EFF-M104", "the ids of experts are not [T, k]")
+    seen.path.append(flat)
+    return seen.read(node, flat)
+
+
+def settle_sorted(seen: Seen, experts: int) -> fx.Node:
+    """Return the ids `[T, k]` of a sorted spelling, from its offsets; set the permutation."""
+    counted = seen.take(seen.offsets, "the groups")
+    if op_name(counted) != "cumsum" or counted.args[1] != 0:
+        raise Stop("EFF-M104", "the groups are no running sum of tokens an expert")
+    counts = through(counted.args[0], seen)
+    seen.take(counts, "the counts")
+    name = op_name(counts)
+    if name == "histc":
+        bins, low, high = [*counts.args[1:], 100, 0, 0][:3]
+        if (bins, low, high) != (experts, 0, experts - 1):
+            raise Stop("EFF-M104", f"a histogram over {bins} experts of {experts}")
+    elif name == "bincount":
+        least = counts.kwargs.get("minlength", counts.args[2] if len(counts.args) > 2 else 0)
+        if least != experts:
+            raise Stop("EFF-M104", f"tokens of {least} experts are counted, of {experts}")
+    else:
+        raise Stop("EFF-M104", f"`{name or counts.op}` does not count the tokens of an expert")
+    counted_ids = through(counts.args[0], seen)
+    seen.take(counted_ids, "the ids")
+    sort = _sort_of(counted_ids)
+    if sort is None:
+        raise Stop("EFF-M104", "the ids are not sorted")
+    if (len(sort.args) > 1 and sort.args[1] not in (0, -1)) or sort.args[2:3] == (True,):
+        raise Stop("EFF-M104", "the ids are sorted in another order")
+    seen.take(sort, "the sort")
+    seen.sort = sort
+    for ids in seen.biased:
+        if through(ids, seen) is not counted_ids:
+            raise Stop("EFF-M104", "a bias is fetched by other ids than the tokens")
+    orders = [user for user in sort.users if user.target is operator.getitem and user.args[1] == 1]
+    if len(orders) != 1:
+        raise Stop("EFF-M104", "the order of the sorted tokens is not read once")
+    seen.order = seen.take(orders[0], "the order")
+    return flat_ids(sort.args[0], seen)
+
+
+def _sort_of(node: fx.Node) -> fx.Node | None:
+    if node.target is operator.getitem and node.args[1] == 0 and op_name(node.args[0]) == "sort":  # type: ignore[arg-type]
+        return node.args[0]  # type: ignore[return-value]
+    return None
+
+
+def is_inverse(node: Any, seen: Seen) -> bool:
+    """Tell whether a node is the inverse of the permutation: positions written where it points, or its own argsort."""
+    if not isinstance(node, fx.Node) or seen.order is None:
+        return False
+    seen.path.append(node)
+    if op_name(node) == "argsort":
+        return node.args[0] is seen.order and node.args[1:2] in ((), (-1,), (0,)) and True not in node.args[2:]
+    if op_name(node) not in ("index_put_", "index_put", "scatter_", "scatter"):
+        return False
+    into = node.args[0]
+    if op_name(into) not in ("empty_like", "zeros_like", "empty", "zeros", "new_empty"):  # type: ignore[arg-type]
+        return False
+    seen.path.append(into)  # type: ignore[arg-type]
+    if op_name(node).startswith("index_put"):
+        where, what = node.args[1], node.args[2]
+        if node.args[3:4] == (True,) or len(where) != 1 or where[0] is not seen.order:  # type: ignore[arg-type, index]
+            return False
+    else:
+        if node.args[1] not in (0, -1) or node.args[2] is not seen.order:
+            return False
+        what = node.args[3]
+    if op_name(what) != "arange" or not same_size(shape(what)[0], shape(seen.order)[0]):  # type: ignore[arg-type]
+        return False
+    seen.path.append(what)  # type: ignore[arg-type]
+    starts = what.args[:-1] if len(what.args) > 1 else ()  # type: ignore[union-attr]
+    return all(start == 0 for start in starts[:1])
+
+
+def expanded(node: fx.Node, top_k: Any, seen: Seen) -> fx.Node:
+    """Return tokens x `[T, H]` of rows `[T k, H]`, one for each slot: repeated, or fetched in the sorted order."""
+    name = op_name(node)
+    if seen.order is not None:
+        tokens = _index(node)
+        if tokens is None or not _is_token(tokens, top_k, seen):
+            raise Stop("EFF-M104", "the rows are not the tokens in sorted order")
+        seen.take(node, "the rows")
+        return seen.read(node.args[0], node)  # type: ignore[arg-type]
+    if name == "repeat_interleave" and node.args[2:3] in ((0,), ()) and same_size(node.args[1], top_k):
+        if node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None) != 0:
+            raise Stop("EFF-M104", "the rows are not each token repeated")
+        seen.take(node, "the rows")
+        return seen.read(node.args[0], node)  # type: ignore[arg-type]
+    inner = through(node, seen)
+    if inner is not node and op_name(inner) == "expand" and len(shape(inner)) == 3:
+        base = inner.args[0]
+        if op_name(base) == "unsqueeze" and base.args[1] in (1, -2) and same_size(shape(inner)[1], top_k):  # type: ignore[union-attr, arg-type]
+            seen.path += [node, inner, base]  # type: ignore[list-item]
+            return seen.read(base.args[0], base)  # type: ignore[union-attr, arg-type]
+    raise Stop("EFF-M104", "the rows of the first product are not each token repeated")
+
+
+def _is_token(node: fx.Node, top_k: Any, seen: Seen) -> bool:
+    name = op_name(node)
+    floored = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") in ("floor", "trunc"))
+    if not floored or node.args[0] is not seen.order or not same_size(node.args[1], top_k):
+        return False
+    seen.take(node, "the tokens")
+    return True
+
+
+def dims(node: fx.Node) -> Sequence[int]:
+    """Return the dimensions that a sum goes over."""
+    given = node.args[1] if len(node.args) > 1 else ()
+    return tuple(given) if isinstance(given, list | tuple) else (given,)  # type: ignore[return-value, arg-type]
+
+
+def keeps(node: fx.Node) -> bool:
+    """Tell whether a sum keeps its dimension."""
+    return bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
+
+
+def _both(node: fx.Node) -> bool:
+    return all(isinstance(arg, fx.Node) for arg in node.args[:2])
+
+
+def is_unique_choice(ids: fx.Node) -> bool:
+    """Tell whether the ids of a token are all different, being those of a top-k."""
+    return ids.target is operator.getitem and ids.args[1] == 1 and op_name(ids.args[0]) == "topk"  # type: ignore[arg-type]
+
+
+def kinds_agree(*nodes: fx.Node | None) -> bool:
+    """Tell whether values have one floating-point dtype."""
+    found = {node.meta["val"].dtype for node in nodes if node is not None}
+    return len(found) == 1 and next(iter(found)) in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
