@@ -26,6 +26,7 @@ from effcompile.backend import check_doors, target_of
 from effcompile.compiler import Compiled, all_kernels, all_passes, compile_program
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
+from effcompile.core.experts import FAMILY
 from effcompile.core.options import Options
 from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.program import Break, Program
@@ -33,10 +34,11 @@ from effcompile.core.site import AttentionSite, place
 from effcompile.core.target import Target
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.rates import attained
-from effcompile.modules import attention_modules, holders
+from effcompile.modules import attention_modules, expert_modules, holders
 from effcompile.observe import Observation, SeenGraph, observe, observe_export
 from effcompile.planning import pricing
 from effcompile.planning.caches import CacheRow
+from effcompile.planning.expert_rows import ExpertRow
 from effcompile.planning.explain import Explanation, GraphRow, MissedRow, PassRow, SiteRow, Unseen
 from effcompile.planning.planner import KERNEL
 from effcompile.skeleton import Skeleton, strip
@@ -137,6 +139,8 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
     sites: list[SiteRow] = []
     missed: list[MissedRow] = []
     caches: list[CacheRow] = []
+    experts: list[ExpertRow] = []
+    left: list[tuple[str, str, str]] = []
     totals: dict[str, float] = {}
     for number, graph in enumerate(observation.graphs):
         row, compiled = _decide(graph, target, options)
@@ -147,6 +151,8 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
             sites.extend(_rows(compiled, graph, number, price))
             missed.extend(MissedRow(place(graph.owner, m.site.id), number, m) for m in compiled.missed)
             caches.extend(_cache_rows(compiled, graph, number))
+            experts.extend(_expert_rows(compiled, graph, number))
+            left.extend((place(graph.owner, m.site.id), m.site.source, str(m.refusal)) for m in compiled.experts_missed)
     breaks = _named_breaks(observation, model)
     reached = frozenset(path for row in sites for path in row.places) | {row.id for row in missed}
     reached |= {path.rpartition(".cache")[0] for row in caches for path in row.places}
@@ -161,6 +167,8 @@ def describe(observation: Observation, model: Any, target: Target, options: Opti
         sites=tuple(sites),
         missed=tuple(missed),
         caches=tuple(caches),
+        experts=tuple(experts),
+        experts_kept=(*left, *_outside(model, observation, breaks, experts, left)),
         breaks=breaks,
         unseen=_unseen(model, observation, breaks, reached),
         seconds=tuple(totals.items()),
@@ -266,6 +274,49 @@ def _cache_rows(compiled: Compiled, graph: SeenGraph, number: int) -> list[Cache
         places = tuple(dict.fromkeys(place(owner, site.id) for owner in graph.owners or [""]))
         rows.append(CacheRow(place(graph.owner, site.id), number, places, site))
     return rows
+
+
+def _expert_rows(compiled: Compiled, graph: SeenGraph, number: int) -> list[ExpertRow]:
+    rows = []
+    for site in compiled.experts:
+        choice = compiled.plan.of(site.id, FAMILY)
+        assert choice is not None, f"no dispatch was chosen for {site.id}"
+        places = tuple(dict.fromkeys(place(owner, site.id) for owner in graph.owners or [""]))
+        declined = tuple(d for d in compiled.plan.declined if d.site == site.id and d.family == FAMILY)
+        made = (choice.policy, choice.reason, choice.seconds or 0.0, choice.tag, declined)
+        rows.append(ExpertRow(place(graph.owner, site.id), number, places, site, *made))
+    return rows
+
+
+def _outside(
+    model: Any,
+    observation: Observation,
+    breaks: Sequence[Break],
+    rows: Sequence[ExpertRow],
+    left: Sequence[tuple[str, str, str]],
+) -> list[tuple[str, str, str]]:
+    """Return (place, source, reason) of experts that ran and of which no graph holds the products, and what mends it."""
+    reached = {path.removesuffix(".experts") for row in rows for path in row.places}
+    reached |= {path.removesuffix(".experts") for path, _, _ in left}
+    found = []
+    for path, module in expert_modules(model):
+        inside = path.removesuffix(".experts")
+        if any(at == inside or at.startswith(inside + ".") or inside.startswith(at + ".") for at in reached):
+            continue
+        near = [b for b in breaks if b.module and (path.startswith(b.module) or b.module.startswith(path))]
+        if not near and path not in observation.called and observation.stop is None:
+            continue
+        where = near[0] if near else None
+        reason = (
+            f"behind the break: {where.reason}"
+            if where
+            else "and no graph has products that are known for those of experts"
+        )
+        if observation.stop is not None and where is None:
+            reason = f"since the run stopped at {observation.stop.source or '?'}"
+        text = f"EFF-M301 {type(module).__name__} runs outside the graphs, {reason} (eff.prepare(model) before torch.compile)"
+        found.append((path, where.source if where else "", text))
+    return found
 
 
 def _named_breaks(observation: Observation, model: Any) -> tuple[Break, ...]:

@@ -80,3 +80,35 @@ def _defines(kind: type, file: str, line: int) -> bool:
         if lines and min(lines) <= line <= max(lines):
             return True
     return False
+
+
+_EXPERTS = re.compile(r"experts?$|MoE$|Moe$|SparseMLP$|FFN$", re.IGNORECASE)
+
+
+def expert_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
+    """Return (path, module) of every module that holds the weights of several experts: 3-D tensors, or a list of equal modules."""
+    if not isinstance(model, nn.Module):
+        return ()
+    found = [(path, module) for path, module in model.named_modules() if _holds_experts(module)]
+    paths = [path for path, _ in found]
+    return tuple(
+        (path, module)
+        for path, module in found
+        if not any(other != path and other.startswith(path + "." if path else "") for other in paths)
+    )
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    named = bool(_EXPERTS.search(type(module).__name__))
+    own = [parameter for _, parameter in module.named_parameters(recurse=False)]
+    if named and sum(parameter.dim() == 3 for parameter in own) >= 2:
+        return True
+    several = [
+        child for child in module.children() if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) > 1
+    ]
+    listed = getattr(module, "experts", None)
+    if isinstance(listed, nn.Module) and any(child is listed for child in several):
+        return len({type(item) for item in listed.children()}) == 1
+    # Experts packed into tall matrices, and linear layers of all experts at once.
+    packed = {"w1", "v1", "w2"} <= {name for name, _ in module.named_parameters(recurse=False)}
+    return (named and packed) or type(module).__name__.endswith("ParallelExperts")

@@ -12,7 +12,7 @@ import typer
 from effcompile.cli import parameters as given
 from effcompile.cli.console import bad, good, print_json, stdout, table
 from effcompile.core.plan import GraphPlan, Plan
-from effcompile.planning.explain import fold
+from effcompile.planning.folding import fold
 
 Old = Annotated[Path, typer.Argument(help="The plan before.", show_default=False)]
 New = Annotated[Path, typer.Argument(help="The plan after.", show_default=False)]

@@ -60,8 +60,9 @@ def _shown(value: Any) -> str:
 
 def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one mapping an item: kind, name, summary, parameters with defaults, and where it is written."""
-    from effcompile.compiler import all_methods, all_passes
+    from effcompile.compiler import all_dispatches, all_methods, all_passes
     from effcompile.compiler import catalog as compiler_catalog
+    from effcompile.core.experts import FAMILY
     from effcompile.core.options import Options
 
     rows = []
@@ -73,6 +74,9 @@ def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({"kind": "kernel", **_described(kernel), "gradients": kernel.differentiable})
     for sparse in catalog.sparse:
         rows.append({"kind": "kernel", **_described(sparse), "gradients": False})
+    for dispatch in all_dispatches():
+        more = {"family": FAMILY, "exactness": "rounding", "gradients": False}
+        rows.append({"kind": "policy", **_described(dispatch), **more})
     for policy in all_methods():
         more = {"family": policy.family, "exactness": policy.exactness, "gradients": policy.differentiable}
         rows.append({"kind": "policy", **_described(policy()), **more})

@@ -12,7 +12,10 @@ from effcompile.cli.console import bad, dim, good, table
 from effcompile.core.plan import GraphPlan, Plan
 from effcompile.numerics import GraphLedger
 from effcompile.planning.caches import alike, described
-from effcompile.planning.explain import Explanation, brief, duration, fold, groups, headline, sizes
+from effcompile.planning.expert_rows import alike as alike_experts
+from effcompile.planning.expert_rows import described as described_experts
+from effcompile.planning.explain import Explanation, brief, duration, groups, headline, sizes
+from effcompile.planning.folding import fold
 from effcompile.planning.ledger import Row
 
 
@@ -27,6 +30,7 @@ def draw_explanation(out: Console, found: Explanation, why_not: bool = True) -> 
         out.print(bad(f"stopped early, so this is not the whole model: {found.stop}"), soft_wrap=True)
     _draw_sites(out, found)
     _draw_caches(out, found)
+    _draw_experts(out, found)
     _draw_not_rewritten(out, found)
     if why_not:
         _draw_declined(out, found)
@@ -76,8 +80,19 @@ def _draw_caches(out: Console, found: Explanation) -> None:
         out.print(table("KV caches", ("site", "keys", "holds", "format"), rows))
 
 
+def _draw_experts(out: Console, found: Explanation) -> None:
+    rows = [
+        [fold(places), *described_experts(row.site), good(row.dispatch), duration(row.seconds * len(places)), row.tag]
+        for row, places in alike_experts(found.experts)
+    ]
+    if rows:
+        out.print()
+        columns = ("site", "shape", "gate", "routing", "dispatch", "time, all", "")
+        out.print(table("Experts", columns, rows, right=("time, all",)))
+
+
 def _draw_not_rewritten(out: Console, found: Explanation) -> None:
-    kept = found.not_rewritten
+    kept = (*found.not_rewritten, *found.experts_kept)
     if kept:
         out.print()
         out.print(

@@ -192,7 +192,7 @@ class SiteGroup:
 
 def site_groups(report: dict[str, Any]) -> tuple[SiteGroup, ...]:
     """Put the sites of a report together by graph, shape, mask and kernel."""
-    from effcompile.planning.explain import fold
+    from effcompile.planning.folding import fold
 
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for number, graph in enumerate(report["graphs"]):

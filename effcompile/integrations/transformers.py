@@ -23,6 +23,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.policy import read_policy
 from effcompile.core.site import CacheSite
+from effcompile.integrations.transformers_experts import prepare_experts
 from effcompile.ops import native
 from effcompile.runtime.kv_cache import LayerCache
 
@@ -128,10 +129,12 @@ def prepare(
     evict: str | CacheEviction | None = None,
     capacity: int | None = None,
 ) -> Any:
-    """Let a transformers model keep its KV cache in a compressed form, and return it.
+    """Let a transformers model run its experts through `eff::moe_v1` and keep its KV cache in a compressed form, and return it.
+
+    Experts are prepared always (integrations/transformers_experts.py), the cache where `kv` or `evict` asks for it.
 
     Args:
-        model: a transformers model that generates text; changed in place.
+        model: a transformers model, for `kv` and `evict` one that generates text; changed in place.
         kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None stores tokens as they are.
         evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
         own cache
@@ -144,6 +147,7 @@ def prepare(
             how the model turns queries, and cannot, EFF-U104 without transformers.
     """
     _require()
+    prepare_experts(model)
     if kv is None and evict is None:
         model.__dict__.pop("_eff_kv", None)
         return model

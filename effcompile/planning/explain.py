@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,9 @@ from effcompile.core.program import Break
 from effcompile.core.site import AttentionSite, Missed
 from effcompile.core.target import Device
 from effcompile.planning.caches import CacheRow, alike, described
+from effcompile.planning.expert_rows import ExpertRow, expert_lines
+from effcompile.planning.experts import keep_experts
+from effcompile.planning.folding import fold
 from effcompile.planning.pricing import Floor, Pays
 
 SCHEMA = 1
@@ -170,6 +172,8 @@ class Explanation:
     command: str = ""
     policy: str = ""
     caches: tuple[CacheRow, ...] = ()
+    experts: tuple[ExpertRow, ...] = ()
+    experts_kept: tuple[tuple[str, str, str], ...] = ()  # (place, source, reason)
 
     @property
     def attention_seconds(self) -> float:
@@ -215,8 +219,9 @@ class Explanation:
             )
         return Plan.joined(plans)
 
-    def keep_contract(self, require: Iterable[tuple[str, str]]) -> None:
+    def keep_contract(self, require: Sequence[tuple[str, str]]) -> None:
         """Raise `EFF-P502` with the list of what was missed unless the module tree has what `require` asks for."""
+        keep_experts(require, sum(len(row.places) for row in self.experts), self.experts_kept)
         for family, wanted in require:
             if family != "attention":
                 continue
@@ -244,6 +249,8 @@ class Explanation:
             "sites": [item.to_json() for item in self.sites],
             "missed": [item.to_json() for item in self.missed],
             "caches": [item.to_json() for item in self.caches],
+            "experts": [item.to_json() for item in self.experts],
+            "experts_kept": [dict(zip(("id", "source", "reason"), item)) for item in self.experts_kept],
             "breaks": [{"reason": b.reason, "source": b.source, "module": b.module} for b in self.breaks],
             "unseen": [item.to_json() for item in self.unseen],
             "stop": self.stop,
@@ -296,29 +303,6 @@ def groups(rows: Sequence[SiteRow]) -> tuple[Group, ...]:
     return tuple(Group(fold([place for row in same for place in row.places]), tuple(same)) for same in found.values())
 
 
-def fold(names: Sequence[str]) -> str:
-    """Write `layers.0.attn, layers.1.attn, layers.3.attn` as `layers.{0-1,3}.attn`."""
-    shapes: dict[str, list[int]] = {}
-    for name in names:
-        found = re.search(r"(?<![\w])\d+(?![\w])", name)
-        shape = name if found is None else f"{name[: found.start()]}\0{name[found.end() :]}"
-        shapes.setdefault(shape, []).append(-1 if found is None else int(found[0]))
-    return ", ".join(
-        shape.replace("\0", str(numbers[0]) if len(numbers) == 1 else f"{{{_spans(numbers)}}}")
-        for shape, numbers in shapes.items()
-    )
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
-
-
 def sizes(site: AttentionSite) -> str:
     """Write the shape of a site in the field's words."""
     heads = f"{site.heads}" if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
@@ -347,10 +331,13 @@ def headline(explanation: Explanation) -> str:
     )
     total = explanation.rewritten + missed + dense
     graphs, caches = len(explanation.graphs), len(explanation.caches)
+    experts = sum(len(row.places) for row in explanation.experts)
+    told = f"experts of {experts} layers rewritten, of {len(explanation.experts_kept)} not; "
     kept = f", {dense} dense as asked" if dense else ""
     return (
         f"{total} attention site{'s' * (total != 1)}: {explanation.rewritten} rewritten, {missed} not{kept}; "
         f"{f'{caches} KV caches; ' if caches else ''}"
+        f"{told if experts or explanation.experts_kept else ''}"
         f"{graphs} graph{'s' * (graphs != 1)}, {len(explanation.breaks)} break{'s' * (len(explanation.breaks) != 1)}"
     )
 
@@ -374,9 +361,10 @@ def text(explanation: Explanation) -> str:
         lines.extend(f"    {item}" for item in row.pays if item.decides)
         lines.extend(f"    not {item.policy}: {item.refusal}" for item in row.declined)
     lines.extend(f"  {fold(places)}: {'  '.join(described(site))}" for site, places in alike(explanation.caches))
+    lines.extend(expert_lines(explanation.experts))
     lines.extend(
         f"  kept {place} ({brief(source) or 'no source'}): {reason}"
-        for place, source, reason in explanation.not_rewritten
+        for place, source, reason in (*explanation.not_rewritten, *explanation.experts_kept)
     )
     lines.extend(f"  not called: {item.module} ({item.type})" for item in explanation.unseen if not item.called)
     lines.extend(

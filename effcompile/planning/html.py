@@ -8,7 +8,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from effcompile.planning import chart
-from effcompile.planning.explain import Explanation, Group, SiteRow, brief, duration, fold, groups, headline, sizes
+from effcompile.planning.expert_rows import alike, described
+from effcompile.planning.explain import Explanation, Group, SiteRow, brief, duration, groups, headline, sizes
+from effcompile.planning.folding import fold
 
 if TYPE_CHECKING:
     from effcompile.planning.ledger import Ledger
@@ -60,6 +62,7 @@ def page(explanation: Explanation, ledgers: Sequence[tuple[str, Ledger]] = ()) -
         _stop(explanation),
         _section("Where the modelled time goes", _time_chart(explanation)),
         _section("Attention sites", _sites(explanation)),
+        _section("Experts", _experts(explanation)),
         _section("Where a kernel pays, by length", _crossovers(explanation)),
         _section("Kept as it was", _kept(explanation)),
         _section("Graph breaks", _breaks(explanation)),
@@ -169,9 +172,18 @@ def _crossovers(explanation: Explanation) -> str:
     return f"{chart.intervals(seen)}<ul>{''.join(lines)}</ul>" if seen else ""
 
 
+def _experts(explanation: Explanation) -> str:
+    rows = [
+        [_t(cell) for cell in (fold(places), *described(row.site), row.dispatch, duration(row.seconds * len(places)))]
+        for row, places in alike(explanation.experts)
+    ]
+    return _rows(("site", "shape", "gate", "routing", "dispatch", "time, all"), rows)
+
+
 def _kept(explanation: Explanation) -> str:
     rows = [
-        [f"<code>{_t(p)}</code>", _t(why), f"<code>{_t(brief(s))}</code>"] for p, s, why in explanation.not_rewritten
+        [f"<code>{_t(p)}</code>", _t(why), f"<code>{_t(brief(s))}</code>"]
+        for p, s, why in (*explanation.not_rewritten, *explanation.experts_kept)
     ]
     return (
         _rows(("where", "why", "source"), rows)

@@ -28,7 +28,7 @@ SITE_FIELDS = {
 }
 TOP_FIELDS = {
     *("schema", "model", "target", "device", "machine", "inputs", "weights", "graphs", "sites", "missed", "breaks"),
-    *("unseen", "stop", "seconds", "modelled", "command", "policy", "caches"),
+    *("unseen", "stop", "seconds", "modelled", "command", "policy", "caches", "experts", "experts_kept"),
 }
 
 

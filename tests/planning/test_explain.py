@@ -16,7 +16,7 @@ import effcompile as eff
 from effcompile.core.errors import ContractError, EffError
 from effcompile.models import llama, zoo
 from effcompile.observe import observe
-from effcompile.planning.explain import fold
+from effcompile.planning.folding import fold
 from effcompile.skeleton import real, strip
 from tests.cli import samples
 

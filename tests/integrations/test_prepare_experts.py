@@ -1,0 +1,132 @@
+"""Prepare mixtures of experts of transformers: the same numbers, one graph, the same weights, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import effcompile as eff
+from effcompile.integrations.transformers_experts import ExpertsWarning
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+IDS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2)).eval()
+
+
+def qwen3() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    fields = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**BASE, **fields)).eval()
+
+
+def gpt_oss() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    fields = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    model = GptOssForCausalLM(GptOssConfig(**BASE, **fields)).eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def llama4() -> Any:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24}
+    return Llama4ForCausalLM(Llama4TextConfig(**BASE, **fields)).eval()
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3, gpt_oss])
+def test_a_prepared_model_says_what_its_own_loop_says(make: Any) -> None:
+    model = make()
+    names = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+        assert eff.prepare(model) is model
+        found = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == names
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_prefill_and_decode_stay_one_graph(prepared: bool) -> None:
+    from transformers import StaticCache
+
+    model = qwen3()
+    options = {"strict": True, "require": {"moe": "all"}, "emit": "interpreter"}
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+        if prepared:
+            eff.prepare(model)
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="eff", fullgraph=True, dynamic=False, options=options)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        first = fast(IDS[:, :8], past_key_values=cache, use_cache=True, cache_position=torch.arange(8)).logits
+        last = fast(IDS[:, 8:], past_key_values=cache, use_cache=True, cache_position=torch.tensor([8])).logits
+    torch.testing.assert_close(torch.cat([first, last], 1), wanted, rtol=1e-4, atol=1e-5)
+    sites = [site for graph in eff.report()["graphs"] for site in graph["experts"]]
+    assert [site["tokens"] for site in sites] == [16, 16, 2, 2]
+    assert {site["idiom"] for site in sites} == {"eff.prepare" if prepared else "grouped"}
+    assert {site["dispatch"] for site in sites} == {"fused"}
+
+
+def test_gradients_flow_as_before() -> None:
+    model, plain = eff.prepare(qwen3()), qwen3()
+    for each in (model, plain):
+        each(IDS, labels=IDS, use_cache=False).loss.backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+        if a.grad is not None or b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_that_cannot_be_replaced_are_named() -> None:
+    model = llama4()
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+        with pytest.warns(ExpertsWarning, match=r"layers\.0\.feed_forward\.experts.*EFF-M302 Llama4TextExperts"):
+            eff.prepare(model)
+        assert torch.equal(model(IDS, use_cache=False).logits, wanted)
+
+
+def test_a_dry_run_names_an_unprepared_loop_and_what_mends_it() -> None:
+    model = mixtral()
+    model.set_experts_implementation("eager")
+    found = eff.explain(model, IDS, use_cache=False, target="cpu")
+    assert [place for place, _, _ in found.experts_kept] == [f"model.layers.{n}.mlp.experts" for n in range(2)]
+    assert all("EFF-M301" in why and "eff.prepare(model)" in why for _, _, why in found.experts_kept)
+    with pytest.raises(eff.EffError, match="moe=all: 0 of 2"):
+        found.keep_contract((("moe", "all"),))
+    eff.prepare(model)
+    found = eff.explain(model, IDS, use_cache=False, target="sm_90", options={"require": {"moe": "all"}})
+    assert not found.experts_kept
+    assert {row.dispatch for row in found.experts} <= {"batched", "grouped", "dense", "loop"}
+    assert "E=4 H=32 I=24" in str(found)
+    assert found.to_json()["experts"][0]["router"] == "softmax, top 2, renormalized"
+
+
+def test_an_unknown_dispatch_is_an_error_with_the_near_match() -> None:
+    with pytest.raises(eff.EffError, match=r"EFF-U014.*batched"):
+        eff.explain(mixtral(), IDS, use_cache=False, target="cpu", options={"moe": "batch"})
