@@ -121,8 +121,9 @@ void many_second(const Weights<T>& weights, const float* panels, int64_t depth, 
 
 // --- a few tokens: rows of weights times rows of tokens ------------------------------------------------------------------------
 
+// `ahead` is the way to the rows that are multiplied next: the processor's own prefetching ends with each row.
 template <int R, int N, typename T>
-inline void dots(const T* const* w, const float* const* x, int64_t depth, float (*out)[N]) {
+inline void dots(const T* const* w, const float* const* x, int64_t depth, int64_t ahead, float (*out)[N]) {
   Reg sum[R][N];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -135,6 +136,7 @@ inline void dots(const T* const* w, const float* const* x, int64_t depth, float 
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const Reg weight = wide(w[i] + k);
+      __builtin_prefetch(w[i] + k + ahead, 0, 2);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sum[i][n] = plus_product(sum[i][n], weight, tokens[n]);
     }
@@ -149,68 +151,66 @@ inline void dots(const T* const* w, const float* const* x, int64_t depth, float 
 
 constexpr int rows_for(int n) { return W == 16 ? (n <= 2 ? 8 : n <= 4 ? 4 : 2) : n <= 2 ? 4 : 2; }
 
-// c[row * N + token] for rows that `row(i)` points at.
-template <int N, typename T, typename F>
-void dot_rows(int64_t count, F row, const float* x, int64_t depth, float* c) {
+// c[row * N + token] for `count` rows of weights.
+template <int N, typename T>
+void dot_rows(const T* data, int64_t stride, int64_t count, const float* x, int64_t depth, float* c) {
   constexpr int R = rows_for(N);
   const float* tokens[N];
   for (int n = 0; n < N; ++n) tokens[n] = x + n * depth;
   int64_t i = 0;
   const T* w[R];
   for (; i + R <= count; i += R) {
-    for (int r = 0; r < R; ++r) w[r] = row(i + r);
-    dots<R, N>(w, tokens, depth, reinterpret_cast<float(*)[N]>(c + i * N));
+    for (int r = 0; r < R; ++r) w[r] = data + (i + r) * stride;
+    dots<R, N>(w, tokens, depth, i + 2 * R <= count ? R * stride : 0, reinterpret_cast<float(*)[N]>(c + i * N));
   }
   for (; i < count; ++i) {
-    w[0] = row(i);
-    dots<1, N>(w, tokens, depth, reinterpret_cast<float(*)[N]>(c + i * N));
+    w[0] = data + i * stride;
+    dots<1, N>(w, tokens, depth, 0, reinterpret_cast<float(*)[N]>(c + i * N));
   }
 }
 
-// c[output * N + token] for outputs [low, low + count) of a transposed weight: one row after the other, a run of outputs at a time.
+// c[token][count] for outputs [low, low + count) of a transposed weight: four rows of the weight at a time, from end to end, so that
+// they are read in the order in which they lie; the sums stay in the nearest cache.
 template <int N, typename T>
 void column_sums(const Weights<T>& weights, int64_t low, int64_t count, const float* x, float* c) {
-  constexpr int V = W == 16 ? (N <= 2 ? 8 : N <= 4 ? 4 : 2) : N <= 2 ? 4 : 1;
+  constexpr int ROWS = 4;
   const int64_t depth = weights.shape.depth, stride = weights.shape.stride;
-  int64_t j = 0;
-  for (; j + V * W <= count; j += V * W) {
-    Reg sum[N][V];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-      for (int v = 0; v < V; ++v) sum[n][v] = every(0.f);
-    const T* from = weights.data + low + j;
-    for (int64_t k = 0; k < depth; ++k, from += stride) {
-      Reg w[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) w[v] = wide(from + v * W);
+  std::fill(c, c + count * N, 0.f);
+  int64_t k = 0;
+  for (; k + ROWS <= depth; k += ROWS) {
+    const T* from = weights.data + k * stride + low;
+    const int64_t ahead = k + 2 * ROWS <= depth ? ROWS * stride : 0;
+    int64_t j = 0;
+    for (; j + W <= count; j += W) {
+      Reg w[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        w[r] = wide(from + r * stride + j);
+        __builtin_prefetch(from + r * stride + j + ahead, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
-        const Reg token = every(x[n * depth + k]);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) sum[n][v] = plus_product(sum[n][v], token, w[v]);
+        Reg sum = load(c + n * count + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) sum = plus_product(sum, w[r], every(x[n * depth + k + r]));
+        store(c + n * count + j, sum);
       }
     }
-    float held[V * W];
-    for (int n = 0; n < N; ++n) {
-      for (int v = 0; v < V; ++v) store(held + v * W, sum[n][v]);
-      for (int i = 0; i < V * W; ++i) c[(j + i) * N + n] = held[i];
-    }
+    for (; j < count; ++j)
+      for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) c[n * count + j] += static_cast<float>(from[r * stride + j]) * x[n * depth + k + r];
   }
-  if (j == count) return;
-  std::fill(c + j * N, c + count * N, 0.f);
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t i = j; i < count; ++i) {
-      const float w = static_cast<float>(weights.data[k * stride + low + i]);
-      for (int n = 0; n < N; ++n) c[i * N + n] += w * x[n * depth + k];
-    }
+  for (; k < depth; ++k)
+    for (int n = 0; n < N; ++n)
+      for (int64_t j = 0; j < count; ++j)
+        c[n * count + j] += static_cast<float>(weights.data[k * stride + low + j]) * x[n * depth + k];
 }
 
-// c[output * N + token] for outputs [low, low + count).
+// Outputs [low, low + count): c[output * N + token], or c[token][count] where the weight is transposed.
 template <int N, typename T>
 void outputs(const Weights<T>& weights, int64_t low, int64_t count, const float* x, float* c) {
   if (weights.shape.transposed) return column_sums<N>(weights, low, count, x, c);
-  const T* data = weights.data + low * weights.shape.stride;
-  dot_rows<N, T>(count, [&](int64_t i) { return data + i * weights.shape.stride; }, x, weights.shape.depth, c);
+  dot_rows<N>(weights.data + low * weights.shape.stride, weights.shape.stride, count, x, weights.shape.depth, c);
 }
 
 template <int N, typename T>
@@ -218,20 +218,26 @@ void few_first_of(const Weights<T>& weights, const Gate& gate, int64_t inner, co
                   Scratch& own) {
   const int64_t many = high - low, halves = gate.layout ? 2 : 1;
   float* c = own.tile(halves * many * N + 4 * W * N);
-  if (gate.layout == 2) {
+  float *g = own.gates(2 * many + 2 * W), *u = g + many + W;
+  const bool pairs = gate.layout == 2;
+  if (pairs) {
     outputs<N>(weights, 2 * low, 2 * many, x, c);
   } else {
     outputs<N>(weights, low, many, x, c);
-    if (gate.layout == 1) outputs<N>(weights, inner + low, many, x, c + many * N);
+    if (halves == 2) outputs<N>(weights, inner + low, many, x, c + many * N);
   }
-  for (int64_t i = 0; i < many; ++i) {
-    const float* g = gate.layout == 2 ? c + 2 * i * N : c + i * N;
-    const float* u = gate.layout == 2 ? g + N : gate.layout == 1 ? c + (many + i) * N : g;
-    const Vec bg(bias_of(weights, place(gate, inner, low + i, 0)));
-    const Vec bu(gate.layout ? bias_of(weights, place(gate, inner, low + i, 1)) : 0.f);
-    float held[W];
-    combined(gate, Vec::loadu(g, N < W ? N : W) + bg, Vec::loadu(u, N < W ? N : W) + bu).store(held);
-    for (int n = 0; n < N; ++n) out[n * inner + low + i] = held[n];
+  const int64_t run = pairs ? 2 * many : many;  // outputs that were computed at once
+  const int64_t by_token = weights.shape.transposed ? run : 1, by_output = weights.shape.transposed ? 1 : N;
+  for (int n = 0; n < N; ++n) {
+    const float* from = c + n * by_token;
+    for (int64_t i = 0; i < many; ++i) {
+      g[i] = from[(pairs ? 2 * i : i) * by_output] + bias_of(weights, place(gate, inner, low + i, 0));
+      if (halves == 2) u[i] = from[pairs ? (2 * i + 1) * by_output : many * N + i * by_output] + bias_of(weights, place(gate, inner, low + i, 1));
+    }
+    int64_t i = 0;
+    float* to = out + n * inner + low;
+    for (; i + W <= many; i += W) combined(gate, Vec::loadu(g + i), Vec::loadu(u + i)).store(to + i);
+    if (i < many) combined(gate, Vec::loadu(g + i, many - i), Vec::loadu(u + i, many - i)).store(to + i, many - i);
   }
 }
 
@@ -240,10 +246,9 @@ void few_second_of(const Weights<T>& weights, const float* x, int64_t low, int64
   const int64_t many = high - low;
   float* c = own.tile(many * N + 4 * W * N);
   outputs<N>(weights, low, many, x, c);
-  for (int64_t i = 0; i < many; ++i) {
-    const float bias = bias_of(weights, low + i);
-    for (int n = 0; n < N; ++n) take(n, low + i, c[i * N + n] + bias);
-  }
+  const int64_t by_token = weights.shape.transposed ? many : 1, by_output = weights.shape.transposed ? 1 : N;
+  for (int n = 0; n < N; ++n)
+    for (int64_t i = 0; i < many; ++i) take(n, low + i, c[n * by_token + i * by_output] + bias_of(weights, low + i));
 }
 
 // inner rows out[token][inner] = gate(W1 x + b1), for inner rows [low, high).

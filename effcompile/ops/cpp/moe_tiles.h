@@ -31,8 +31,8 @@ struct Weights {
 };
 
 struct Scratch {
-  std::unique_ptr<float[]> held[3];
-  int64_t size[3] = {0, 0, 0};
+  std::unique_ptr<float[]> held[4];
+  int64_t size[4] = {0, 0, 0, 0};
   float* get(int n, int64_t count) {
     if (size[n] < count) {
       held[n].reset(new float[count + 2 * W]);
@@ -43,6 +43,7 @@ struct Scratch {
   float* rows(int64_t count) { return get(0, count); }
   float* weights(int64_t count) { return get(1, count); }
   float* tile(int64_t count) { return get(2, count); }
+  float* gates(int64_t count) { return get(3, count); }
 };
 
 // --- numbers of any type as floats -----------------------------------------------------------------------------------------
