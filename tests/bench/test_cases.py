@@ -34,6 +34,7 @@ NAMES = {
     "kv-decode",
     "linear-table",
     "minilm",
+    "moe",
     "peak-memory",
     "smollm2-decode",
     "smollm2-prefill",

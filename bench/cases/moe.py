@@ -1,0 +1,176 @@
+"""Measure mixture-of-experts blocks of transformers, scaled to a CPU, against transformers' own ways of running them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bench import table_case
+from bench.case import Case, Row, Settings, Watch, grid
+from bench.table_case import Kernel, seeded
+
+Build = Callable[[], tuple[nn.Module, Any]]
+ARMS = {  # name: (experts implementation, backend of torch.compile or None)
+    "eager": ("eager", None),
+    "loop-inductor": ("eager", "inductor"),
+    "grouped-inductor": ("grouped_mm", "inductor"),
+    "batched-inductor": ("batched_mm", "inductor"),
+    "eff": ("grouped_mm", "eff"),
+    "eff-prepared": ("eff", "eff"),
+}
+FETCHED = 2e9  # bytes of weights that batched products may fetch
+INPUTS = 8  # a decode step hardly meets the experts of the step before
+
+
+def _mixtral() -> tuple[nn.Module, Any]:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(hidden_size=1024, intermediate_size=1792, num_local_experts=8, num_experts_per_tok=2)
+    return MixtralSparseMoeBlock(config), config
+
+
+def _qwen3() -> tuple[nn.Module, Any]:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    fields = {"num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(hidden_size=512, moe_intermediate_size=256, **fields)
+    return Qwen3MoeSparseMoeBlock(config), config
+
+
+def _olmoe() -> tuple[nn.Module, Any]:
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+    config = OlmoeConfig(hidden_size=512, intermediate_size=256, num_experts=64, num_experts_per_tok=8)
+    return OlmoeSparseMoeBlock(config), config
+
+
+def _deepseek() -> tuple[nn.Module, Any]:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    fields = {"n_routed_experts": 64, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "n_shared_experts": 1}
+    config = DeepseekV3Config(hidden_size=896, moe_intermediate_size=256, **fields)
+    return DeepseekV3MoE(config), config
+
+
+def _gpt_oss() -> tuple[nn.Module, Any]:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    config = GptOssConfig(hidden_size=720, intermediate_size=720, num_local_experts=32, num_experts_per_tok=4)
+    return GptOssMLP(config), config
+
+
+BLOCKS: dict[str, Build] = {
+    "mixtral": _mixtral,
+    "qwen3-moe": _qwen3,
+    "olmoe": _olmoe,
+    "deepseek-v3": _deepseek,
+    "gpt-oss": _gpt_oss,
+}
+
+
+@dataclass(frozen=True)
+class MoE(Case):
+    """Time one block, router and shared experts included, from one token to a prefill."""
+
+    name: ClassVar[str] = "moe"
+    title: ClassVar[str] = "Mixture-of-experts blocks"
+    headline: ClassVar[bool] = False
+    adds_arms: ClassVar[bool] = True
+    about: ClassVar[str] = (
+        "Blocks of transformers with random weights and routing, the shapes of each family scaled to a CPU; `length` is "
+        "tokens, and eight inputs take turns, so that a step meets other experts than the one before. eager: transformers' "
+        "loop over experts. grouped-inductor, batched-inductor: its grouped_mm and batched_mm under torch.compile. "
+        "eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare."
+    )
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    form_words: ClassVar[tuple[str, ...]] = tuple(BLOCKS)
+    lengths: tuple[int, ...] = (1, 8, 512, 2048)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    def arms(self, device: str) -> tuple[str, ...]:
+        """Return transformers' implementations and ours; the eager loop is the baseline."""
+        return ("eager", "grouped-inductor", "batched-inductor", "eff")
+
+    def known_arms(self, device: str) -> tuple[str, ...]:
+        """Return the above, the loop under torch.compile, and the prepared block."""
+        return tuple(ARMS)
+
+    def rows(self, settings: Settings) -> Sequence[Row]:
+        """Return tokens x block x dtype."""
+        forms = tuple(BLOCKS)[1:2] if settings.quick else tuple(BLOCKS)
+        return grid(settings, (8,) if settings.quick else self.lengths, forms, self.dtypes)
+
+    def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
+        """Measure all arms on one block."""
+        torch._dynamo.reset()
+        tokens, form, dtype = int(row.parameters["length"]), str(row.parameters["form"]), str(row.parameters["dtype"])
+        torch.manual_seed(0)
+        block, config = BLOCKS[form]()
+        _fill(block)
+        block = block.eval().to(dtype=getattr(torch, dtype), device=settings.device)
+        inputs = [
+            seeded((1, tokens, config.hidden_size), dtype, settings.device, seed)
+            for seed in range(INPUTS if tokens < 64 else 1)
+        ]
+        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        slot = 3 * config.hidden_size * inner
+        slots = tokens * config.num_experts_per_tok
+        kernels: dict[str, Kernel | str] = {}
+        for name in self.chosen_arms(settings):
+            fetched = slots * slot * block_width(dtype)
+            if ARMS[name][0] == "batched_mm" and fetched > FETCHED:
+                kernels[name] = f"it would fetch {fetched / 1e9:.0f} GB of weights"
+                continue
+            kernels[name] = Kernel(lambda name=name: _call(block, inputs, *ARMS[name]), 2.0 * slots * slot)
+        from torch._dynamo import config as dynamo
+
+        with dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            return [table_case.measure(row, kernels, settings, watch, useful_flops=2.0 * slots * slot)]
+
+
+def block_width(dtype: str) -> int:
+    """Return the bytes of one number."""
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _fill(block: nn.Module) -> None:
+    """Give weights that transformers leaves empty values of the size that trained ones have."""
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02)
+    for buffer in block.buffers():
+        nn.init.zeros_(buffer)
+
+
+def _call(block: nn.Module, inputs: Sequence[Tensor], implementation: str, backend: str | None) -> Callable[[], Tensor]:
+    """Return a call of a copy of the block, which has weights and a configuration of its own."""
+    import effcompile as eff
+
+    own = copy.deepcopy(block)
+    for module in own.modules():
+        if hasattr(module, "config"):
+            module.config = copy.deepcopy(module.config)
+            module.config._experts_implementation = implementation
+    if implementation == "eff":
+        eff.prepare(own)
+    run: Callable[..., Any] = own if backend is None else torch.compile(own, backend=backend, dynamic=False)
+    turns = itertools.cycle(inputs)
+
+    def call() -> Tensor:
+        found = run(next(turns))
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    first = [call() for _ in inputs]  # compile, and let the turn come back to the first input
+    del first
+    return call
