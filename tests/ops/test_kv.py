@@ -288,7 +288,7 @@ def test_a_token_may_take_the_place_of_another(name: str, compiled: bool, monkey
 
 
 def test_ops_tell_torch_what_they_write() -> None:
-    words = {"plain": "plain_v1", "int8": "token8_v2", "fp8": "token8_v2", "4-32-128": "grouped_v1"}
+    words = {"plain": "plain_v2", "int8": "token8_v3", "fp8": "token8_v3", "4-32-128": "grouped_v2"}
     for name, word in words.items():
         storage = STORAGES[name]
         state = empty(storage, shape_of(storage, 128, 1, 1, (64, 64), torch.float32))

@@ -1,15 +1,19 @@
-"""Hold what all forms of cache share: checks before a write, and attention over old and new tokens with torch operations."""
+"""Hold what all forms of cache share: their ops, checks before a write, and attention over old and new tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from effcompile.core.cache import State
 from effcompile.core.errors import EffError
 from effcompile.ops import flash
+from effcompile.ops.attention import define
 from effcompile.ops.sinks import flash_cpu
 
 FEW = 16
@@ -20,6 +24,77 @@ Attended = tuple[Tensor, Tensor, Tensor | None]
 """Output, LSE and, where they were asked for, scores as softmax gets them `[B, Hq, Q, places + S]`: of the S new tokens last."""
 Read = Callable[[int, int], tuple[Tensor, Tensor]]
 """Return old tokens [start, stop) as floats."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Name the ops of one form of cache, `eff::kv_append_*`, `eff::kv_attention_*` and its twin that returns the scores.
+
+    `state` are the tensors of the state in the order of the operands, of which an append writes all but `length`: compiled code
+    reads that count late, and what an op has written in the meantime would be wrong. `settings` is the schema of what follows
+    `softcap` in an attention, `more` of what follows v in an append; `versions` are those of both.
+    """
+
+    word: str
+    state: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    more: tuple[str, ...] = ("Tensor? places",)
+    versions: tuple[int, int] = (1, 1)
+
+    def append(self, state: State, k: Tensor, v: Tensor, *more: object, places: Tensor | None = None) -> None:
+        """Run the append, and count."""
+        op = getattr(torch.ops.eff, f"kv_append_{self.word}_v{self.versions[0]}").default
+        op(*[state[name] for name in self.state], k, v, *more)
+        length = state["length"]
+        if places is None:
+            length.add_(k.shape[2])
+        elif places.numel():  # a token that took the place of another adds nothing
+            length.copy_(torch.maximum(length, places.max() + 1))
+
+    def attend(
+        self, state: State, asked: Sequence[object], settings: Sequence[object], site: tuple[int, str], scored: bool
+    ) -> Attended:
+        """Run the attention: `asked` is q, k, v, mask, causal, scale, softcap; `site` is the window and the format's spelling."""
+        word = f"scored_{self.word}" if scored else self.word
+        op = getattr(torch.ops.eff, f"kv_attention_{word}_v{self.versions[1]}").default
+        found = op(*asked[:3], *[state[name] for name in self.state], *asked[3:], *settings, *site)
+        return found if scored else (*found, None)
+
+    def define(
+        self, append: Callable[..., None], attend: Callable[..., Attended], places: Callable[[Sequence[Tensor]], int]
+    ) -> None:
+        """Define the ops, once: `places` tells of the state's tensors how many tokens they have place for."""
+        count = len(self.state)
+        tensors = [f"Tensor({chr(ord('a') + n)}!) {name}" for n, name in enumerate(self.state) if name != "length"]
+        tensors.insert(self.state.index("length"), "Tensor length")
+        written = ", ".join([*tensors, "Tensor k", "Tensor v", *self.more])
+        define(f"eff::kv_append_{self.word}_v{self.versions[0]}", f"({written}) -> ()", append, _writes)
+        read = ["Tensor q", "Tensor k", "Tensor v", *(f"Tensor {name}" for name in self.state), "Tensor? mask"]
+        read += ["bool causal", "float scale", "float softcap", *self.settings, "int window", "str format"]
+        schema, version = ", ".join(read), self.versions[1]
+
+        def attention(*given: Any) -> tuple[Tensor, Tensor]:
+            out, lse, _ = attend(*given[:-2], scored=False)
+            return out, lse
+
+        def scored(*given: Any) -> Attended:
+            return attend(*given[:-2], scored=True)
+
+        def fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+            return flash.fake_pair(q, k, v)
+
+        def fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+            scores = q.new_empty((*q.shape[:3], places(rest[:count]) + k.shape[2]), dtype=torch.float32)
+            return (*flash.fake_pair(q, k, v), scores)
+
+        name = f"eff::kv_attention_{self.word}_v{version}"
+        define(name, f"({schema}) -> (Tensor, Tensor)", attention, fake)
+        name = f"eff::kv_attention_scored_{self.word}_v{version}"
+        define(name, f"({schema}) -> (Tensor, Tensor, Tensor)", scored, fake_scored)
+
+
+def _writes(*tensors: object) -> None:
+    return None
 
 
 def check_shapes(own: tuple[int, int, int, int], k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -56,14 +131,6 @@ def check_places(places: Tensor, k: Tensor, length: int, capacity: int) -> None:
     last = int(places.max()) if places.numel() else -1
     if last >= length:
         check_room(last, 1, capacity)
-
-
-def count(length: Tensor, tokens: int, places: Tensor | None) -> None:
-    """Count tokens that were appended; one that took the place of another adds nothing."""
-    if places is None:
-        length.add_(tokens)
-    elif places.numel():
-        length.copy_(torch.maximum(length, places.max() + 1))
 
 
 def corners(places: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,11 +190,6 @@ def attention(
     scores = scores.masked_fill(~kept, -math.inf)
     out, lse = flash.weighted(scores, values)
     return out.to(q.dtype), lse.to(flash.lse_dtype(q)), scores.float()
-
-
-def fake_scores(q: Tensor, k: Tensor, places: int) -> Tensor:
-    """Return empty scores of an attention over `places` and new tokens k."""
-    return q.new_empty((*q.shape[:3], places + k.shape[2]), dtype=torch.float32)
 
 
 def spread(scores: Tensor, places: int, fresh: int) -> Tensor:

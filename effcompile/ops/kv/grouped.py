@@ -13,21 +13,17 @@ of one token, or of two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effcompile.core.cache import CacheShape, State, Storage
-from effcompile.ops import flash
-from effcompile.ops.attention import define
 from effcompile.ops.kv import common, native
 from effcompile.ops.kv.per_token import next_up
 
-APPEND, ATTENTION = "eff::kv_append_grouped_v1", "eff::kv_attention_grouped_v1"
-SCORED = "eff::kv_attention_scored_grouped_v1"
 PANEL = 32
 NAMES = ("k_codes", "v_codes", "k_scales", "v_scales", "k_zeros", "v_zeros", "k_recent", "v_recent")
+FORM = common.Form("grouped", (*NAMES, "length", "packed"), ("int bits",), ("int bits",), versions=(2, 1))
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,9 @@ class Grouped(Storage):
         return self.group
 
     def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
-        """Add tokens through `eff::kv_append_grouped_v1`."""
+        """Add tokens through `eff::kv_append_grouped_v2`."""
         assert places is None, "tokens of a group are dropped together"
-        tensors = (*(state[name] for name in NAMES), state["length"], state["packed"])
-        torch.ops.eff.kv_append_grouped_v1.default(*tensors, k, v, self.bits)
+        FORM.append(state, k, v, self.bits)
 
     @property
     def slack(self) -> int:
@@ -104,11 +99,7 @@ class Grouped(Storage):
         scored: bool = False,
     ) -> common.Attended:
         """Attend through `eff::kv_attention_grouped_v1`, or its form that returns the scores."""
-        tensors = (*(state[name] for name in NAMES), state["length"], state["packed"])
-        given = (q, k, v, *tensors, mask, causal, scale, softcap, self.bits, window, format)
-        if scored:
-            return torch.ops.eff.kv_attention_scored_grouped_v1.default(*given)  # type: ignore[no-any-return]
-        return (*torch.ops.eff.kv_attention_grouped_v1.default(*given), None)
+        return FORM.attend(state, (q, k, v, mask, causal, scale, softcap), (self.bits,), (window, format), scored)
 
     def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return tokens [start, stop) as floats, the unpacked ones as they were."""
@@ -278,7 +269,6 @@ def append(
         places = torch.arange(left, before + count, device=k.device) % residual
         k_recent[:, :, places], v_recent[:, :, places] = keys[:, :, left - done :], values[:, :, left - done :]
     packed.fill_(after)
-    length.add_(count)
 
 
 def attend(
@@ -321,37 +311,6 @@ def attend(
     return out, lse, common.spread(scores, v_scales.shape[3], fresh)
 
 
-def attention(*given: Any) -> tuple[Tensor, Tensor]:
-    """Compute attention as `Storage.attend` says; the last operands are what the site is."""
-    out, lse, _ = attend(*given[:-2], scored=False)
-    return out, lse
-
-
-def scored(*given: Any) -> common.Attended:
-    """Compute the same, and return the scores."""
-    return attend(*given[:-2], scored=True)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return flash.fake_pair(q, k, v)
-
-
-def _fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (*flash.fake_pair(q, k, v), common.fake_scores(q, k, rest[3].shape[3]))
-
-
-def _writes(*tensors: object) -> None:
-    return None
-
-
 def register() -> None:
     """Register the ops, once."""
-    names = (*NAMES, "length", "packed")
-    written = ", ".join(f"Tensor({chr(ord('a') + place)}!) {name}" for place, name in enumerate(names))
-    define(APPEND, f"({written}, Tensor k, Tensor v, int bits) -> ()", append, _writes)
-    schema = (
-        f"(Tensor q, Tensor k, Tensor v, {', '.join(f'Tensor {name}' for name in names)}, Tensor? mask, bool causal, "
-        "float scale, float softcap, int bits, int window, str format)"
-    )
-    define(ATTENTION, f"{schema} -> (Tensor, Tensor)", attention, _fake)
-    define(SCORED, f"{schema} -> (Tensor, Tensor, Tensor)", scored, _fake_scored)
+    FORM.define(append, attend, lambda state: state[3].shape[3])

@@ -11,22 +11,18 @@ A vector that holds NaN or infinity gets a scale of NaN, and stays what no softm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effcompile.core.cache import CacheShape, State, Storage
-from effcompile.ops import flash
-from effcompile.ops.attention import define
 from effcompile.ops.kv import common, native
 
-APPEND, ATTENTION = "eff::kv_append_token8_v2", "eff::kv_attention_token8_v1"
-SCORED = "eff::kv_attention_scored_token8_v1"
 PANEL = 64  # tokens of a panel of keys
 ROW = 16  # what a row of values is padded to, in channels
 FLOATS = torch.float8_e4m3fn
 NAMES = ("k_codes", "v_codes", "k_scales", "v_scales")
+FORM = common.Form("token8", (*NAMES, "length"), versions=(3, 1))
 
 
 def _up(value: int, to: int) -> int:
@@ -54,8 +50,8 @@ class PerToken8(Storage):
         }
 
     def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
-        """Add tokens through `eff::kv_append_token8_v2`."""
-        torch.ops.eff.kv_append_token8_v2.default(*(state[name] for name in NAMES), state["length"], k, v, places)
+        """Add tokens through `eff::kv_append_token8_v3`."""
+        FORM.append(state, k, v, places, places=places)
 
     def attend(
         self,
@@ -72,11 +68,7 @@ class PerToken8(Storage):
         scored: bool = False,
     ) -> common.Attended:
         """Attend through `eff::kv_attention_token8_v1`, or its form that returns the scores."""
-        tensors = (*(state[name] for name in NAMES), state["length"])
-        given = (q, k, v, *tensors, mask, causal, scale, softcap, window, format)
-        if scored:
-            return torch.ops.eff.kv_attention_scored_token8_v1.default(*given)  # type: ignore[no-any-return]
-        return (*torch.ops.eff.kv_attention_token8_v1.default(*given), None)
+        return FORM.attend(state, (q, k, v, mask, causal, scale, softcap), (), (window, format), scored)
 
     def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return tokens [start, stop) as floats; values keep the padding of their rows, which is 0."""
@@ -131,9 +123,9 @@ def append(
     v: Tensor,
     places: Tensor | None = None,
 ) -> None:
-    """Write tokens k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]` behind the `length` that are there, and count them.
+    """Write tokens k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]` behind the `length` that are there.
 
-    With `places`, int64 `[B, Hkv]`, the one token that there is goes to those, and counts where they are the next ones.
+    With `places`, int64 `[B, Hkv]`, the one token that there is goes to those.
 
     Raises:
         EffError: EFF-K201 without place (on CPU; elsewhere the device checks the index), EFF-K202 for another shape.
@@ -151,7 +143,6 @@ def append(
         if native.takes(k, v):
             operands = (k_codes, v_codes, k_scales, v_scales, None, None, None, None)
             native.append(_bits(k_codes), k, v, [before, 0, 0, capacity, 0, 0], operands, places)
-            common.count(length, count, places)
             return
     if places is not None:
         row, head = common.corners(places)
@@ -162,7 +153,6 @@ def append(
                 codes[row, head, places // PANEL, :, places % PANEL] = code
             else:
                 codes[row, head, places, : x.shape[3]] = code
-        common.count(length, count, places)
         return
     next_ones = length + torch.arange(count, device=k.device)
     for codes, scales, x, panels in ((k_codes, k_scales, k, True), (v_codes, v_scales, v, False)):
@@ -172,7 +162,6 @@ def append(
             codes[:, :, next_ones // PANEL, :, next_ones % PANEL] = code.permute(2, 0, 1, 3)
         else:
             codes[:, :, next_ones, : x.shape[3]] = code
-    length.add_(count)
 
 
 def attend(
@@ -212,37 +201,6 @@ def attend(
     return common.attention(q, (keys, values[..., :width]), k, v, length, mask, causal, scale, softcap)
 
 
-def attention(*given: Any) -> tuple[Tensor, Tensor]:
-    """Compute attention as `Storage.attend` says; the last operands are what the site is."""
-    out, lse, _ = attend(*given[:-2], scored=False)
-    return out, lse
-
-
-def scored(*given: Any) -> common.Attended:
-    """Compute the same, and return the scores."""
-    return attend(*given[:-2], scored=True)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return flash.fake_pair(q, k, v)
-
-
-def _fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (*flash.fake_pair(q, k, v), common.fake_scores(q, k, rest[2].shape[2]))
-
-
-def _writes(*tensors: object) -> None:
-    return None
-
-
 def register() -> None:
     """Register the ops, once."""
-    state = "Tensor{} k_codes, Tensor{} v_codes, Tensor{} k_scales, Tensor{} v_scales, Tensor{} length"
-    written = state.format("(a!)", "(b!)", "(c!)", "(d!)", "(e!)")
-    define(APPEND, f"({written}, Tensor k, Tensor v, Tensor? places) -> ()", append, _writes)
-    schema = (
-        f"(Tensor q, Tensor k, Tensor v, {state.format('', '', '', '', '')}, Tensor? mask, bool causal, float scale, "
-        "float softcap, int window, str format)"
-    )
-    define(ATTENTION, f"{schema} -> (Tensor, Tensor)", attention, _fake)
-    define(SCORED, f"{schema} -> (Tensor, Tensor, Tensor)", scored, _fake_scored)
+    FORM.define(append, attend, lambda state: state[2].shape[2])

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effcompile.core.cache import CacheShape, State, Storage
-from effcompile.ops import flash
-from effcompile.ops.attention import define
 from effcompile.ops.kv import common, native
 
-APPEND, ATTENTION = "eff::kv_append_plain_v1", "eff::kv_attention_plain_v1"
-SCORED = "eff::kv_attention_scored_plain_v1"
 NAMES = ("keys", "values")
+FORM = common.Form("plain", (*NAMES, "length"), versions=(2, 1))
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,8 @@ class Plain(Storage):
         return {"keys": ((*lead, shape.head_dim), shape.dtype), "values": ((*lead, shape.value_dim), shape.dtype)}
 
     def append(self, state: State, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
-        """Add tokens through `eff::kv_append_plain_v1`."""
-        torch.ops.eff.kv_append_plain_v1.default(state["keys"], state["values"], state["length"], k, v, places)
+        """Add tokens through `eff::kv_append_plain_v2`."""
+        FORM.append(state, k, v, places, places=places)
 
     def attend(
         self,
@@ -50,11 +46,7 @@ class Plain(Storage):
         scored: bool = False,
     ) -> common.Attended:
         """Attend through `eff::kv_attention_plain_v1`, or its form that returns the scores."""
-        tensors = (state["keys"], state["values"], state["length"])
-        given = (q, k, v, *tensors, mask, causal, scale, softcap, window, format)
-        if scored:
-            return torch.ops.eff.kv_attention_scored_plain_v1.default(*given)  # type: ignore[no-any-return]
-        return (*torch.ops.eff.kv_attention_plain_v1.default(*given), None)
+        return FORM.attend(state, (q, k, v, mask, causal, scale, softcap), (), (window, format), scored)
 
     def read(self, state: State, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return tokens [start, stop)."""
@@ -63,9 +55,9 @@ class Plain(Storage):
 
 
 def append(keys: Tensor, values: Tensor, length: Tensor, k: Tensor, v: Tensor, places: Tensor | None = None) -> None:
-    """Write tokens k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]` behind the `length` that are there, and count them.
+    """Write tokens k `[B, Hkv, S, D]`, v `[B, Hkv, S, Dv]` behind the `length` that are there.
 
-    With `places`, int64 `[B, Hkv]`, the one token that there is goes to those, and counts where they are the next ones.
+    With `places`, int64 `[B, Hkv]`, the one token that there is goes to those.
 
     Raises:
         EffError: EFF-K201 without place (on CPU; elsewhere the device checks the index), EFF-K202 for another shape or dtype.
@@ -82,7 +74,6 @@ def append(keys: Tensor, values: Tensor, length: Tensor, k: Tensor, v: Tensor, p
             held.index_copy_(2, length + torch.arange(k.shape[2], device=k.device), x)
         else:
             held[(*common.corners(places), places)] = x[:, :, 0]
-    common.count(length, k.shape[2], places)
 
 
 def attend(
@@ -119,36 +110,6 @@ def attend(
     return common.attention(q, (keys, values), k, v, length, mask, causal, scale, softcap)
 
 
-def attention(*given: Any) -> tuple[Tensor, Tensor]:
-    """Compute attention as `Storage.attend` says; the last operands are what the site is."""
-    out, lse, _ = attend(*given[:-2], scored=False)
-    return out, lse
-
-
-def scored(*given: Any) -> common.Attended:
-    """Compute the same, and return the scores."""
-    return attend(*given[:-2], scored=True)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return flash.fake_pair(q, k, v)
-
-
-def _fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (*flash.fake_pair(q, k, v), common.fake_scores(q, k, rest[0].shape[2]))
-
-
-def _writes(*tensors: object) -> None:
-    return None
-
-
 def register() -> None:
     """Register the ops, once."""
-    written = "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) length"
-    define(APPEND, f"({written}, Tensor k, Tensor v, Tensor? places) -> ()", append, _writes)
-    schema = (
-        "(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor length, Tensor? mask, bool causal, float scale, "
-        "float softcap, int window, str format)"
-    )
-    define(ATTENTION, f"{schema} -> (Tensor, Tensor)", attention, _fake)
-    define(SCORED, f"{schema} -> (Tensor, Tensor, Tensor)", scored, _fake_scored)
+    FORM.define(append, attend, lambda state: state[0].shape[2])
