@@ -9,9 +9,21 @@ from effcompile.backend import FallbackWarning, backend
 from effcompile.core.errors import EffError
 from effcompile.explaining import explain
 from effcompile.integrations.transformers import kv_cache, prepare
+from effcompile.integrations.transformers_ranges import calibrate_kv
 from effcompile.report import summary as report
 from effcompile.switches import off
 
 __version__ = "0.1.0"
 
-__all__ = ["EffError", "FallbackWarning", "__version__", "backend", "explain", "kv_cache", "off", "prepare", "report"]
+__all__ = [
+    "EffError",
+    "FallbackWarning",
+    "__version__",
+    "backend",
+    "calibrate_kv",
+    "explain",
+    "kv_cache",
+    "off",
+    "prepare",
+    "report",
+]

@@ -38,7 +38,8 @@ class CacheShape:
 class Storage(ABC):
     """Keep the tokens of a layer in one form. Subclasses are frozen dataclasses.
 
-    Every tensor of a state but the counters begins with the batch, and begins with the same elements when the capacity grows.
+    Every tensor of a state but counters and constants begins with the batch, and begins with the same elements when the capacity
+    grows.
     """
 
     @abstractmethod
@@ -53,6 +54,11 @@ class Storage(ABC):
     def counters(self) -> tuple[str, ...]:
         """Return the int64 `[]` tensors of the state; `length` is the first."""
         return ("length",)
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Return the tensors of the state that no token changes; `CacheFormat.constants` gives them."""
+        return ()
 
     @property
     def unit(self) -> int:
@@ -112,6 +118,11 @@ class Storage(ABC):
         """Forget the tokens from `length` on."""
         state["length"].fill_(length)
 
+    def clear(self, state: State) -> None:
+        """Forget all tokens, and what was learned from them."""
+        for name in self.counters:
+            state[name].zero_()
+
 
 class CacheFormat(Method):
     """Answer how a KV cache is stored. Subclasses are frozen dataclasses, one a file; every field has a default."""
@@ -121,3 +132,11 @@ class CacheFormat(Method):
     @abstractmethod
     def storage(self, site: CacheSite) -> Storage | Refusal:
         """Return how the tokens of a site are stored, or why they cannot be."""
+
+    def constants(self, site: CacheSite) -> dict[str, Tensor]:
+        """Return the tensors of `Storage.constants` for a site.
+
+        Raises:
+            EffError: EFF-K207 where they need a calibration that is missing or of another model.
+        """
+        return {}

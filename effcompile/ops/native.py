@@ -25,12 +25,12 @@ KERNELS = {
     SCORES: {"eff_antidiagonal_mass": 1, "eff_top_cdf": 1},
     PAGES: {"eff_choose_pages": 1, "eff_page_attention": 1},
     PROBES: {"eff_probe": 1, "eff_block_means": 1},
-    CACHES: {"eff_kv_attention": 2, "eff_kv_append": 0},
+    CACHES: {"eff_kv_attention": 3, "eff_kv_append": 0},
     EXPERTS: {"eff_moe": 3},
 }
 """The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
 _FILES = {
-    CACHES: ("codes.h", "kv_products.h", "kv_attention.cpp", "kv_append.cpp"),
+    CACHES: ("codes.h", "kv_products.h", "kv_forms.h", "kv_problem.h", "kv_attention.cpp", "kv_append.cpp"),
     EXPERTS: ("moe_tiles.h", "moe_rows.h", "moe.cpp"),
 }
 """The files of a source in `cpp/` behind `registers.h`, where they are not `tiles.h` and one of its own name."""

@@ -46,6 +46,7 @@ class LayerCache:
         assert isinstance(site.capacity, int)
         self.method, self.site = format, site
         self.storage = storage_of(format, site)
+        self.constants = format.constants(site)
         self.spelled = format.spelled
         self.limit = self.storage.capacity(site.capacity) if site.capacity else None
         self.shape: CacheShape | None = None
@@ -117,6 +118,8 @@ class LayerCache:
         }
         for name in self.counters:
             made[name] = torch.zeros((), dtype=torch.int64, device=shape.device)
+        for name, tensor in self.constants.items():
+            made[name].copy_(tensor)
         if not torch.compiler.is_compiling():
             for tensor in made.values():
                 _keep_address(tensor)
@@ -179,8 +182,9 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget all tokens; the tensors stay, so that compiled code stays valid."""
-        for name in self.counters:
-            if name in self.state:
+        if self.state:
+            self.storage.clear(self.state)
+            for name in self.counters:
                 self.state[name].zero_()
 
     def select(self, index: Tensor) -> None:
@@ -189,7 +193,7 @@ class LayerCache:
             return
         same = len(index) == self.shape.batch
         for name, tensor in self.state.items():
-            if name in self.counters:
+            if name in self.counters or name in self.constants:
                 continue
             chosen = tensor.index_select(0, index.to(tensor.device))
             if same:

@@ -22,7 +22,10 @@ def decode(call: Any, ids: Tensor, cache: Any) -> Tensor:
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize(("kv", "emit"), [("kivi{residual=32}", "inductor"), ("int8-per-token", "interpreter")])
+@pytest.mark.parametrize(
+    ("kv", "emit"),
+    [("kivi{residual=32}", "inductor"), ("int8-per-token", "interpreter"), ("two-plane{stale=True}", "inductor")],
+)
 def test_one_graph_serves_every_step(kv: str, emit: str) -> None:
     """Over the packing of two groups, a cut, a reset and a reordering; eager code with the same cache gives the same."""
     model = eff.prepare(llama(), kv=kv, capacity=192)

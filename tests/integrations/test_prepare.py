@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,32 @@ def test_left_padding_is_honored(kv: str) -> None:
     near = 0.2 if "residual=32" in kv else 1e-4
     assert float((logits[:1, 25:] - alone).abs().max()) < near * float(alone.abs().max())
     assert float((logits[1:] - whole).abs().max()) < 1e-4 * float(whole.abs().max())
+
+
+@pytest.mark.parametrize(
+    "kv", ["static-channel{{bits=8,ranges={}}}", "two-plane{{theta=0.3}}", "two-plane{{stale=True}}"]
+)
+def test_formats_of_many_bits_generate_what_the_model_does(kv: str, tmp_path: Path) -> None:
+    """Greedy tokens of a random model are close calls, so the logits of its own cache are what is compared."""
+    from transformers import DynamicCache
+
+    model, ids, parts = llama(), words(2, 70), (40, 1, 1, 7, 1, 20)
+    with torch.no_grad():
+        wanted = steps(model, ids, DynamicCache(), parts)
+    ranges = eff.calibrate_kv(model, [ids[:1], {"input_ids": ids[1:]}], tmp_path / "kv.json")
+    assert sorted(ranges.layers) == [0, 1]
+    eff.prepare(model, kv=kv.format(tmp_path / "kv.json"))
+    found = steps(model, ids, eff.kv_cache(model, capacity=96), parts)
+    assert float((found - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+    assert float((found[:, :40] - wanted[:, :40]).abs().max()) < 1e-5  # a prompt reads its own tokens as they are
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 74)
+    eff.calibrate_kv(model, [ids], tmp_path / "again.json")  # with the model's own cache, though it is prepared
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "kv.json").read_text()
+    assert "_eff_kv" in model.__dict__
+    with pytest.raises(EffError, match="EFF-K207"):
+        eff.calibrate_kv(model, [], tmp_path / "none.json")
+    with pytest.raises(EffError, match="EFF-K207"):
+        eff.prepare(model, kv="static-channel")
 
 
 def test_plain_calls_and_generate_build_the_cache_by_themselves() -> None:

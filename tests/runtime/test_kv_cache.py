@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,21 +12,36 @@ from torch import Tensor
 from effcompile import ops
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
+from effcompile.core.ranges import Ranges
 from effcompile.core.site import CacheSite
 from effcompile.passes.kv.fp8 import Fp8
 from effcompile.passes.kv.int8_per_token import Int8PerToken
 from effcompile.passes.kv.kivi import Kivi
 from effcompile.passes.kv.plain import Plain
+from effcompile.passes.kv.static_channel import StaticChannel
+from effcompile.passes.kv.two_plane import TwoPlane
 from effcompile.runtime.kv_cache import LayerCache
 from tests.support.caches import draw, exact
 
 ops.register()
+
+
+class Measured(StaticChannel):
+    """Have scales without a file of them."""
+
+    def constants(self, site: CacheSite) -> dict[str, Tensor]:
+        """Return scales that reach what `draw` makes."""
+        return {name: torch.full((2, 64), 30 / (2 ** (self.bits - 1) - 1)) for name in ("k_scales", "v_scales")}
+
+
 FORMATS: dict[str, CacheFormat] = {
     "plain": Plain(),
     "int8": Int8PerToken(),
     "fp8": Fp8(),
     "kivi-4": Kivi(residual=64),
     "kivi-2": Kivi(bits=2, group=64, residual=64),
+    "static-4": Measured(bits=4),
+    "two-plane": TwoPlane(theta=2.0, stale=True),
 }
 
 
@@ -135,7 +153,14 @@ def test_a_fixed_cache_refuses_what_it_cannot_hold(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "most"),
-    [(Int8PerToken(), 0.55), (Fp8(), 0.55), (Kivi(bits=4), 0.34), (Kivi(bits=2), 0.22), (Kivi(bits=4, group=64), 0.30)],
+    [
+        (Int8PerToken(), 0.55),
+        (Fp8(), 0.55),
+        (Kivi(bits=4), 0.34),
+        (Kivi(bits=2), 0.22),
+        (Kivi(bits=4, group=64), 0.30),
+        (TwoPlane(), 0.65),
+    ],
 )
 def test_bytes_against_bfloat16_at_8k(form: CacheFormat, most: float) -> None:
     """Scales in half precision and a residual of 128 tokens in bfloat16 are counted."""
@@ -160,3 +185,38 @@ def test_formats_refuse_what_they_cannot_do() -> None:
     with pytest.raises(EffError, match=r"EFF-K204.*80"):
         LayerCache(Kivi(), CacheSite("layers.0.cache", "cache", "decode", "", head_dim=80, value_dim=64, capacity=64))
     assert LayerCache(Int8PerToken(), CacheSite("c", "cache", "decode", "", head_dim=80, value_dim=33)).length == 0
+
+
+def test_ranges_are_those_of_the_model(tmp_path: Path) -> None:
+    """A file of another model, of none, or none at all is refused before anything runs."""
+    site = CacheSite("layers.1.cache", "cache", "decode", "", kv_heads=2, head_dim=64, value_dim=32, capacity=8)
+    file = tmp_path / "kv.json"
+    k, v = torch.rand(2, 64), torch.rand(2, 32)
+    k[0, 3] = 0
+    Ranges({1: (k, v)}).save(file)
+    layer = LayerCache(StaticChannel(bits=4, ranges=str(file)), site)
+    layer.append(torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 1, 32))
+    assert torch.equal(layer.state["k_scales"], torch.where(k == 0, 1.0, k / 7))
+    same_everywhere = LayerCache(StaticChannel(per="tensor", ranges=str(file)), site).constants["v_scales"]
+    assert torch.equal(same_everywhere, (v.amax() / 127).expand(2, 32))
+    Ranges({1: (k.fill_(float("inf")), v)}).save(file)
+    bad = [StaticChannel(), StaticChannel(ranges=str(tmp_path / "none.json")), StaticChannel(ranges=str(file))]
+    for form in bad:
+        with pytest.raises(EffError, match="EFF-K207"):
+            LayerCache(form, site)
+    Ranges({1: (v, v), 0: (k, v)}).save(file)
+    with pytest.raises(EffError, match=r"EFF-K207.*2 heads of 64/32"):
+        LayerCache(bad[2], site)
+    file.write_text("{}")
+    with pytest.raises(EffError, match="EFF-K207"):
+        LayerCache(bad[2], site)
+    with pytest.raises(EffError, match=r"EFF-K204.*33"):
+        LayerCache(bad[2], replace(site, head_dim=33))
+    for fields in ({"bits": 2}, {"per": "token"}):
+        with pytest.raises(EffError, match="EFF-U004"):
+            StaticChannel(**fields)  # type: ignore[arg-type]
+    for fields in ({"theta": -0.1}, {"theta": "much"}, {"stale": 1}):
+        with pytest.raises(EffError, match="EFF-U004"):
+            TwoPlane(**fields)
+    with pytest.raises(EffError, match="EFF-K204"):
+        LayerCache(TwoPlane(), replace(site, head_dim=33))

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from effcompile.core.cache import CacheShape, Storage
+from effcompile.ops.kv.fixed import Fixed
 from effcompile.ops.kv.grouped import Grouped
 from effcompile.ops.kv.per_token import PerToken8
 from effcompile.ops.kv.plain import Plain
+from effcompile.ops.kv.two_plane import TwoPlane
 
 STORAGES: dict[str, Storage] = {
     "plain": Plain(),
@@ -20,15 +22,29 @@ STORAGES: dict[str, Storage] = {
     "4-64-64": Grouped(4, 64, 64),
     "2-32-32": Grouped(2, 32, 32),
     "2-64-128": Grouped(2, 64, 128),
+    "rows-8": Fixed(8),
+    "rows-4": Fixed(4),
+    "planes": TwoPlane(2.0),
 }
+"""What all tests of caches run over; `planes` reads both planes always, so that it is one function of what it holds."""
 
 
 GROUPED = tuple(name for name, storage in STORAGES.items() if isinstance(storage, Grouped))
+REACH = 30.0
+"""The largest magnitude that the scales of `rows` reach: no element that `draw` makes is larger."""
+
+
+def dims_of(name: str) -> tuple[int, int]:
+    """Return dimensions of keys and values that a storage takes, odd ones where it can."""
+    return (64, 128) if isinstance(STORAGES[name], Grouped | Fixed) else (72, 40)
 
 
 def empty(storage: Storage, shape: CacheShape) -> dict[str, Tensor]:
     """Return the state of a cache without tokens."""
     state = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in storage.tensors(shape).items()}
+    for name in storage.constants:
+        state[name].fill_(REACH / storage.levels)  # type: ignore[attr-defined]
+        state[name] *= 1 + torch.arange(state[name].shape[1]) / 64  # no two channels alike
     return state | {name: torch.zeros((), dtype=torch.int64) for name in storage.counters}
 
 

@@ -7,7 +7,8 @@ namespace {
 constexpr int PANEL8 = 64;   // tokens side by side in a panel of 8-bit keys
 constexpr int PANEL = 32;    // tokens in a panel of 4- and 2-bit keys; a group of tokens is whole panels
 constexpr int CHANNELS = 32; // channels of a value that share a run of 16 bytes
-constexpr int FLOATS = 9;    // where a number of bits is asked for: 8, as floats
+// Where a number of bits is asked for: 8, as floats; the upper 8 of 12 bits, or all; 8 or 4 with scales that no token changes.
+constexpr int FLOATS = 9, HIGH = 10, PLANES = 12, ROWS8 = 16, ROWS4 = 17;
 constexpr int ROWS = W == 16 ? 6 : 3, TWICE = W == 16 ? 2 : 1;
 constexpr int RUNS = 16 / W;  // registers that hold 16 codes
 

@@ -18,7 +18,8 @@ uint16_t scale8(const T* x, int64_t count) {
     sound = sound && finite(value);
   }
   if (!sound) return NAN16;
-  constexpr float largest = BITS == FLOATS ? 448.f : 127.f, beyond = BITS == FLOATS ? 456.f : 127.5f;
+  constexpr float largest = BITS == FLOATS ? 448.f : BITS == PLANES ? 2047.f : 127.f;
+  constexpr float beyond = BITS == FLOATS ? 456.f : largest + .5f;
   uint16_t scale = half_of(most / largest);
   if (beyond * wide(scale) < most) scale = next_up(scale);
   return scale;
@@ -29,6 +30,11 @@ inline int8_t code8(float x, float scale) {
   if (!(scale > 0.f) || !finite(scale)) return 0;
   if (BITS == FLOATS) return static_cast<int8_t>(c10::Float8_e4m3fn(std::clamp(x / scale, -448.f, 448.f)).x);
   return static_cast<int8_t>(std::clamp(std::nearbyint(x / scale), -127.f, 127.f));
+}
+
+inline int code12(float x, float scale) {
+  if (!(scale > 0.f) || !finite(scale)) return 0;
+  return static_cast<int>(std::clamp(std::nearbyint(x / scale), -2047.f, 2047.f));
 }
 
 struct Append {
@@ -51,14 +57,51 @@ void append8(const Append& a) {
       const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + g * a.k_stride[1] + t * a.k_stride[2];
       const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + g * a.v_stride[1] + t * a.v_stride[2];
       a.k_scales[place] = scale8<T, BITS>(k, a.depth);
-      a.v_scales[place] = scale8<T, BITS>(v, a.width);
+      a.v_scales[place] = scale8<T, BITS == PLANES ? 8 : BITS>(v, a.width);
       const float ks = wide(a.k_scales[place]), vs = wide(a.v_scales[place]);
       int8_t* panel = reinterpret_cast<int8_t*>(a.k_codes) + (bg * a.capacity + at / PANEL8 * PANEL8) * a.depth + at % PANEL8;
-      for (int64_t d = 0; d < a.depth; ++d) panel[d * PANEL8] = code8<BITS>(static_cast<float>(k[d]), ks);
+      if constexpr (BITS == PLANES) {
+        uint8_t* low = reinterpret_cast<uint8_t*>(a.k_zeros) + (bg * a.capacity + at / PANEL8 * PANEL8) * a.depth / 2 + at % PANEL8;
+        for (int64_t d = 0; d < a.depth; d += 2) {
+          const int x = code12(static_cast<float>(k[d]), ks), y = code12(static_cast<float>(k[d + 1]), ks);
+          panel[d * PANEL8] = static_cast<int8_t>(x >> 4);
+          panel[(d + 1) * PANEL8] = static_cast<int8_t>(y >> 4);
+          low[d / 2 * PANEL8] = static_cast<uint8_t>((x & 15) | (y & 15) << 4);
+        }
+      } else {
+        for (int64_t d = 0; d < a.depth; ++d) panel[d * PANEL8] = code8<BITS>(static_cast<float>(k[d]), ks);
+      }
       int8_t* row = reinterpret_cast<int8_t*>(a.v_codes) + place * width;
       for (int64_t d = 0; d < a.width; ++d) row[d] = code8<BITS>(static_cast<float>(v[d]), vs);
     }
   }
+}
+
+// Codes of rows with fixed scales; what no scale reaches is clipped, and NaN becomes 0.
+template <typename T, int BITS>
+void append_rows(const Append& a) {
+  constexpr float least = BITS == ROWS8 ? -128.f : -8.f, most = BITS == ROWS8 ? 127.f : 7.f;
+#pragma omp parallel for collapse(2) schedule(static) num_threads(a.threads) if (a.count > 64)
+  for (int64_t bg = 0; bg < a.batch * a.kv_heads; ++bg)
+    for (int64_t t = 0; t < a.count; ++t) {
+      const int64_t b = bg / a.kv_heads, g = bg % a.kv_heads, at = a.places ? a.places[bg] : a.length + t;
+      for (const bool key : {true, false}) {
+        const int64_t many = key ? a.depth : a.width;
+        const int64_t* stride = key ? a.k_stride : a.v_stride;
+        const T* x = static_cast<const T*>(key ? a.k : a.v) + b * stride[0] + g * stride[1] + t * stride[2];
+        const float* scale = reinterpret_cast<const float*>(key ? a.k_scales : a.v_scales) + g * many;
+        const auto code = [&](int64_t d) {
+          const float value = std::nearbyint(static_cast<float>(x[d]) / scale[d]);
+          return value != value ? 0 : static_cast<int>(std::clamp(value, least, most));
+        };
+        uint8_t* to = (key ? a.k_codes : a.v_codes) + (bg * a.capacity + at) * (BITS == ROWS8 ? many : many / 2);
+        if (BITS == ROWS8) {
+          for (int64_t d = 0; d < many; ++d) to[d] = static_cast<uint8_t>(code(d));
+        } else {
+          for (int64_t d = 0; d < many; d += 2) to[d / 2] = static_cast<uint8_t>(code(d) + 8 | (code(d + 1) + 8) << 4);
+        }
+      }
+    }
 }
 
 // Scale and zero of a group: the zero is the largest half that is not above any value, the scale the least that reaches all.
@@ -187,6 +230,12 @@ extern "C" void eff_kv_append(int64_t dtype, const int64_t* sizes, void* const* 
       append8<T, 8>(a);
     } else if (bits == FLOATS) {
       append8<T, FLOATS>(a);
+    } else if (bits == PLANES) {
+      append8<T, PLANES>(a);
+    } else if (bits == ROWS8) {
+      append_rows<T, ROWS8>(a);
+    } else if (bits == ROWS4) {
+      append_rows<T, ROWS4>(a);
     } else if (bits == 4) {
       append_grouped<T, 4>(a);
     } else {

@@ -7,118 +7,6 @@
 
 namespace {
 
-constexpr int CHUNK = 256;  // keys whose scores exist at a time
-constexpr int SPLIT = 512;  // keys of one part
-
-// --- the problem -------------------------------------------------------------------------------------------------------------
-
-struct Problem {
-  int64_t batch, heads, kv_heads, rows, depth, width;  // rows: queries of one head
-  int64_t length, fresh, packed, capacity;  // tokens in all, of this call, in packed form; tokens that the buffers hold
-  int64_t group, residual;                  // of grouped formats; 0 for 8 bits
-  int64_t mask_kind, causal, threads;       // mask_kind: 0 none, 1 bool, 2 float
-  int64_t k_stride[3], v_stride[3], mask_stride[4];
-  const void *q, *k, *v, *mask;
-  const uint8_t *k_codes, *v_codes;
-  const uint16_t *k_scales, *k_zeros, *v_scales, *v_zeros;
-  const void *k_recent, *v_recent;
-  void* out;
-  float *lse, *logits;  // logits: scores as softmax gets them, [batch, heads, rows, capacity + fresh], or null
-  float scale, softcap;
-
-  int64_t group_rows() const { return heads / kv_heads * rows; }
-  int64_t old() const { return length - fresh; }
-};
-
-struct Scratch {
-  std::vector<float> scores, weights, queries, bias, row, zeros;
-};
-
-struct Partial {  // of one part: maxima, sums of exponentials, weighted values [group_rows, padded width]
-  float *top, *sum, *values;
-};
-
-// Whether any row may see a key of [begin, begin + count).
-bool any_visible(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t count) {
-  if (p.mask_kind != 1) return true;
-  const int64_t shared = p.mask_stride[1] == 0 ? 1 : p.heads / p.kv_heads;
-  for (int64_t h = 0; h < shared; ++h)
-    for (int64_t i = 0; i < p.rows; ++i) {
-      const uint8_t* m = static_cast<const uint8_t*>(p.mask) + b * p.mask_stride[0] +
-                         (g * (p.heads / p.kv_heads) + h) * p.mask_stride[1] + i * p.mask_stride[2] + begin * p.mask_stride[3];
-      for (int64_t j = 0; j < count; ++j)
-        if (m[j * p.mask_stride[3]]) return true;
-    }
-  return false;
-}
-
-// Cap and mask the scores of keys [begin, begin + count) of all rows; what lies between count and padded is no key.
-void restrict_scores(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t count, int64_t padded, float* s, int64_t lds) {
-  const int64_t group = p.heads / p.kv_heads, rows = p.group_rows();
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = s + i * lds;
-    if (p.softcap > 0.f)
-      for (int64_t j = 0; j < count; ++j) row[j] = std::tanh(row[j] / p.softcap) * p.softcap;
-    const int64_t query = i % p.rows, head = g * group + i / p.rows;
-    if (p.mask_kind) {
-      const int64_t at = b * p.mask_stride[0] + head * p.mask_stride[1] + query * p.mask_stride[2] + begin * p.mask_stride[3];
-      const int64_t step = p.mask_stride[3];
-      if (p.mask_kind == 1) {
-        const uint8_t* m = static_cast<const uint8_t*>(p.mask) + at;
-        if (step == 1) {
-          for (int64_t j = 0; j < count; ++j) row[j] = m[j] ? row[j] : NEG;
-        } else {
-          for (int64_t j = 0; j < count; ++j) row[j] = m[j * step] ? row[j] : NEG;
-        }
-      } else {
-        const float* m = static_cast<const float*>(p.mask) + at;
-        for (int64_t j = 0; j < count; ++j) row[j] += m[j * step];
-      }
-    }
-    if (p.causal) {
-      const int64_t last = p.old() + query - begin;  // the last key of the chunk that this query sees
-      for (int64_t j = std::clamp<int64_t>(last + 1, 0, count); j < count; ++j) row[j] = NEG;
-    }
-    for (int64_t j = count; j < padded; ++j) row[j] = NEG;
-  }
-}
-
-// Write the scores of tokens [begin, begin + count): those of this call stand behind all places of the cache.
-void tell_scores(const Problem& p, int64_t bg, int64_t begin, int64_t count, const float* s, int64_t lds) {
-  if (!p.logits) return;
-  for (int64_t i = 0; i < p.group_rows(); ++i) {
-    float* line = p.logits + (bg * p.group_rows() + i) * (p.capacity + p.fresh);
-    for (int64_t j = 0; j < count; ++j) line[begin + j < p.old() ? begin + j : p.capacity + begin + j - p.old()] = s[i * lds + j];
-  }
-}
-
-// Turn scores into exp(score - maximum) and rescale what was summed under another maximum.
-void soften(const Problem& p, float* s, int64_t lds, int64_t padded, const Partial& to, int64_t values) {
-  for (int64_t i = 0; i < p.group_rows(); ++i) {
-    float* row = s + i * lds;
-    Vec most(NEG);
-    for (int64_t j = 0; j < padded; j += Vec::size()) most = at::vec::maximum(most, Vec::loadu(row + j));
-    float top = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, most);
-    if (top <= to.top[i]) top = to.top[i];  // NaN stays, and so does the row
-    const float shift = top == NEG ? 0.f : top;
-    const Vec by(-shift);
-    Vec sum(0.f);
-    for (int64_t j = 0; j < padded; j += Vec::size()) {
-      const Vec e = (Vec::loadu(row + j) + by).exp_u20();
-      e.store(row + j);
-      sum = sum + e;
-    }
-    const float alpha = std::exp(to.top[i] - shift);
-    float held[Vec::size()], added = 0.f;
-    sum.store(held);
-    for (float value : held) added += value;
-    to.sum[i] = to.sum[i] * alpha + added;
-    to.top[i] = top;
-    if (alpha != 1.f)
-      for (int64_t d = 0; d < values; ++d) to.values[i * values + d] *= alpha;
-  }
-}
-
 // --- a part of the packed tokens -----------------------------------------------------------------------------------------------
 
 template <int BITS>
@@ -128,17 +16,53 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
   const int64_t values = BITS >= 8 ? up(p.width, 16) : p.width, runs = p.width / CHANNELS;
   own.scores.resize(rows * lds);
   float* s = own.scores.data();
+  if constexpr (BITS == ROWS8 || BITS == ROWS4) {
+    constexpr int64_t part = BITS == ROWS4 ? 2 : 1;
+    own.queries.resize(rows * p.depth);
+    float* scaled = own.queries.data();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < p.depth; ++d) scaled[i * p.depth + d] = q[i * p.depth + d] * p.k_fixed[g * p.depth + d];
+    const Rows r{scaled, rows, p.depth, values, s, to.values, lds};
+    for (int64_t at = begin; at < end; at += CHUNK) {
+      const int64_t count = std::min<int64_t>(CHUNK, end - at), padded = up(count, PANEL8);
+      if (!any_visible(p, b, g, at, count)) continue;
+      scores_rows<BITS>(p.k_codes + (bg * p.capacity + at) * p.depth / part, r, count, own.codes);
+      restrict_scores(p, b, g, at, count, padded, s, lds);
+      tell_scores(p, bg, at, count, s, lds);
+      soften(p, s, lds, padded, to, values);
+      values_rows<BITS>(p.v_codes + (bg * p.capacity + at) * p.width / part, r, count, own.codes);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < p.width; ++d) to.values[i * values + d] *= p.v_fixed[g * p.width + d];
+    return;
+  }
+  if constexpr (BITS == HIGH) {  // the lower plane counts as its middle
+    own.bias.assign(rows, 0.f);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < p.depth; ++d) own.bias[i] += 8.f * q[i * p.depth + d];
+  }
   for (int64_t at = begin; at < end; at += CHUNK) {
     const int64_t count = std::min<int64_t>(CHUNK, end - at);
     if (!any_visible(p, b, g, at, count)) continue;
     if constexpr (BITS >= 8) {
+      constexpr int CODES = BITS == FLOATS ? FLOATS : 8;
       const Reg unit = every(BITS == FLOATS ? 256.f : 1.f);
       const int64_t padded = up(count, PANEL8);
       own.weights.resize(rows * lds);
       const int8_t* k = reinterpret_cast<const int8_t*>(p.k_codes) + (bg * p.capacity + at) * p.depth;
       by_rows(rows, [&](auto n, int64_t i) {
-        scores8<n.value, BITS>(k, p.depth, padded / PANEL8, q + i * p.depth, s + i * lds, lds);
+        if constexpr (BITS == PLANES) {
+          const uint8_t* low = reinterpret_cast<const uint8_t*>(p.k_zeros) + (bg * p.capacity + at) * p.depth / 2;
+          for (int64_t j = 0; j < padded; j += PANEL8)
+            scores_planes<n.value>(k + j * p.depth, low + j * p.depth / 2, p.depth, q + i * p.depth, s + i * lds + j, lds);
+        } else {
+          scores8<n.value, CODES>(k, p.depth, padded / PANEL8, q + i * p.depth, s + i * lds, lds);
+        }
       });
+      if constexpr (BITS == HIGH)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < padded; j += W)
+            store(s + i * lds + j, plus_product(every(own.bias[i]), load(s + i * lds + j), every(16.f)));
       const uint16_t *ks = p.k_scales + bg * p.capacity + at, *vs = p.v_scales + bg * p.capacity + at;
       for (int64_t j = 0; j < padded; j += W) {
         const Reg scale = times(halves(ks + j), unit);
@@ -156,8 +80,8 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
       by_rows(rows, [&](auto n, int64_t i) {
         int64_t d = 0;
         for (; d + 4 * W <= values; d += 4 * W)
-          values8<n.value, 4, BITS>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
-        for (; d < values; d += W) values8<n.value, 1, BITS>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
+          values8<n.value, 4, CODES>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
+        for (; d < values; d += W) values8<n.value, 1, CODES>(v + d, values, count, w + i * lds, lds, to.values + i * values + d);
       });
     } else {
       const int64_t padded = up(count, PANEL), groups = p.capacity / p.group, spans = p.width / p.group;
@@ -284,6 +208,7 @@ void attend(const Problem& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < pairs * parts; ++n) {
       const int64_t bg = n / parts, b = bg / p.kv_heads, g = bg % p.kv_heads, part = n % parts;
+      if (p.pick && !p.pick[bg]) continue;
       const Partial to{tops.data() + n * rows, sums.data() + n * rows, weighted.data() + n * rows * values};
       const float* mine = queries.data() + bg * rows * p.depth;
       if (part >= splits) {
@@ -296,6 +221,7 @@ void attend(const Problem& p) {
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < pairs * rows; ++n) {
       const int64_t bg = n / rows, i = n % rows;
+      if (p.pick && !p.pick[bg]) continue;
       float top = NEG, sum = 0.f;
       for (int64_t part = 0; part < parts; ++part) top = std::max(top, tops[(bg * parts + part) * rows + i]);
       const float shift = top == NEG ? 0.f : top;
@@ -310,16 +236,40 @@ void attend(const Problem& p) {
       const float by = sum > 0.f ? 1.f / sum : sum == 0.f ? 0.f : sum;
       T* out = static_cast<T*>(p.out) + n * p.width;
       for (int64_t d = 0; d < p.width; ++d) out[d] = static_cast<T>(own.row[d] * by);
+      if (p.peaks) p.peaks[n] = sum == 0.f ? 1.f : by;  // the sum is one of exp(score - largest score)
       p.lse[n] = sum > 0.f ? top + std::log(sum) : sum == 0.f ? NEG : sum;
     }
   }
 }
 
+// Keys of 12 bits in two planes: the lower one is read for the key heads of which some row has no probability of `theta` or more by
+// the upper one, now or at the last step, which `last` tells [batch, kv_heads]. `peaks` gets the least of the rows' largest.
+template <typename T>
+void attend_planes(Problem p, float theta, const float* last, float* peaks) {
+  const int64_t rows = p.group_rows(), pairs = p.batch * p.kv_heads;
+  std::vector<float> tops(pairs * rows);
+  std::vector<uint8_t> high(pairs, 1), whole(pairs, 0);
+  p.peaks = tops.data();
+  const auto least = [&](int64_t bg) { return *std::min_element(tops.begin() + bg * rows, tops.begin() + (bg + 1) * rows); };
+  for (int64_t bg = 0; last && bg < pairs; ++bg) whole[bg] = !(last[bg] >= theta), high[bg] = !whole[bg];
+  if (!last && theta > 1.f) high.assign(pairs, 0), whole.assign(pairs, 1);  // no probability is that large
+  p.pick = high.data();
+  attend<T, HIGH>(p);
+  for (int64_t bg = 0; bg < pairs; ++bg) {
+    if (high[bg] && !last) whole[bg] = !(least(bg) >= theta);
+    if (high[bg]) peaks[bg] = least(bg);
+  }
+  p.pick = whole.data();
+  attend<T, PLANES>(p);
+  for (int64_t bg = 0; bg < pairs; ++bg)
+    if (whole[bg] && (last || !high[bg])) peaks[bg] = least(bg);
+}
+
 }  // namespace
 
-// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result. Sizes, of which the first is the bits (8, 4, 2, FLOATS, or
-// 0 where all tokens are kept as they are), and pointers come in the order of use.
-extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void* const* at, float scale, float softcap) {
+// dtype: 0 float, 1 bfloat16, 2 half, of q, k, v, the recent tokens and the result. Sizes, of which the first is the bits (8, 4, 2, a name
+// of codes.h, or 0 where all tokens are kept as they are), and pointers come in the order of use.
+extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void* const* at, float scale, float softcap, float theta) {
   Problem p{};
   const int64_t bits = *sizes++;
   for (int64_t* field : {&p.batch, &p.heads, &p.kv_heads, &p.rows, &p.depth, &p.width, &p.length, &p.fresh, &p.packed, &p.capacity,
@@ -336,6 +286,7 @@ extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void
   p.k_scales = static_cast<const uint16_t*>(at[8]), p.v_scales = static_cast<const uint16_t*>(at[9]);
   p.k_zeros = static_cast<const uint16_t*>(at[10]), p.v_zeros = static_cast<const uint16_t*>(at[11]);
   p.k_recent = at[12], p.v_recent = at[13];
+  p.k_fixed = static_cast<const float*>(at[8]), p.v_fixed = static_cast<const float*>(at[9]);
   p.scale = scale, p.softcap = softcap;
   by_type(dtype, [&](auto kind) {
     using T = decltype(kind);
@@ -343,6 +294,12 @@ extern "C" void eff_kv_attention(int64_t dtype, const int64_t* sizes, const void
       attend<T, 8>(p);
     } else if (bits == FLOATS) {
       attend<T, FLOATS>(p);
+    } else if (bits == ROWS8) {
+      attend<T, ROWS8>(p);
+    } else if (bits == ROWS4) {
+      attend<T, ROWS4>(p);
+    } else if (bits == PLANES) {
+      attend_planes<T>(p, theta, static_cast<const float*>(at[14]), static_cast<float*>(const_cast<void*>(at[15])));
     } else if (bits == 0) {
       attend<T, 0>(p);
     } else if (bits == 4) {

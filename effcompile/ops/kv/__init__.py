@@ -11,7 +11,7 @@ from __future__ import annotations
 
 def register() -> None:
     """Register the ops of every form of cache, once."""
-    from effcompile.ops.kv import evict, grouped, per_token, plain
+    from effcompile.ops.kv import evict, fixed, grouped, per_token, plain, two_plane
 
-    for module in (plain, per_token, grouped, evict):
+    for module in (plain, per_token, grouped, fixed, two_plane, evict):
         module.register()

@@ -32,7 +32,8 @@ class Form:
 
     `state` are the tensors of the state in the order of the operands, of which an append writes all but `length`: compiled code
     reads that count late, and what an op has written in the meantime would be wrong. `settings` is the schema of what follows
-    `softcap` in an attention, `more` of what follows v in an append; `versions` are those of both.
+    `softcap` in an attention, `more` of what follows v in an append; `versions` are those of both. `peaks` says that an attention
+    returns, last, float32 `[B, Hkv]`: the least of the largest probabilities of the queries of each key head.
     """
 
     word: str
@@ -40,6 +41,7 @@ class Form:
     settings: tuple[str, ...] = ()
     more: tuple[str, ...] = ("Tensor? places",)
     versions: tuple[int, int] = (1, 1)
+    peaks: bool = False
 
     def append(self, state: State, k: Tensor, v: Tensor, *more: object, places: Tensor | None = None) -> None:
         """Run the append, and count."""
@@ -55,13 +57,19 @@ class Form:
         self, state: State, asked: Sequence[object], settings: Sequence[object], site: tuple[int, str], scored: bool
     ) -> Attended:
         """Run the attention: `asked` is q, k, v, mask, causal, scale, softcap; `site` is the window and the format's spelling."""
+        return self.run(state, asked, settings, site, scored)[:3]
+
+    def run(
+        self, state: State, asked: Sequence[object], settings: Sequence[object], site: tuple[int, str], scored: bool
+    ) -> tuple[Any, ...]:
+        """Return the same and, where there are any, the peaks."""
         word = f"scored_{self.word}" if scored else self.word
         op = getattr(torch.ops.eff, f"kv_attention_{word}_v{self.versions[1]}").default
         found = op(*asked[:3], *[state[name] for name in self.state], *asked[3:], *settings, *site)
-        return found if scored else (*found, None)
+        return tuple(found) if scored else (*found[:2], None, *found[2:])
 
     def define(
-        self, append: Callable[..., None], attend: Callable[..., Attended], places: Callable[[Sequence[Tensor]], int]
+        self, append: Callable[..., None], attend: Callable[..., Any], places: Callable[[Sequence[Tensor]], int]
     ) -> None:
         """Define the ops, once: `places` tells of the state's tensors how many tokens they have place for."""
         count = len(self.state)
@@ -73,24 +81,27 @@ class Form:
         read += ["bool causal", "float scale", "float softcap", *self.settings, "int window", "str format"]
         schema, version = ", ".join(read), self.versions[1]
 
-        def attention(*given: Any) -> tuple[Tensor, Tensor]:
-            out, lse, _ = attend(*given[:-2], scored=False)
-            return out, lse
+        def attention(*given: Any) -> tuple[Tensor, ...]:
+            out, lse, _, *more = attend(*given[:-2], scored=False)
+            return (out, lse, *more)
 
-        def scored(*given: Any) -> Attended:
-            return attend(*given[:-2], scored=True)
+        def scored(*given: Any) -> tuple[Tensor, ...]:
+            return tuple(attend(*given[:-2], scored=True))
 
-        def fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-            return flash.fake_pair(q, k, v)
+        def fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
+            return (*flash.fake_pair(q, k, v), *last(k))
 
-        def fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        def fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             scores = q.new_empty((*q.shape[:3], places(rest[:count]) + k.shape[2]), dtype=torch.float32)
-            return (*flash.fake_pair(q, k, v), scores)
+            return (*flash.fake_pair(q, k, v), scores, *last(k))
 
-        name = f"eff::kv_attention_{self.word}_v{version}"
-        define(name, f"({schema}) -> (Tensor, Tensor)", attention, fake)
+        def last(k: Tensor) -> tuple[Tensor, ...]:
+            return (k.new_empty(k.shape[:2], dtype=torch.float32),) if self.peaks else ()
+
+        name, results = f"eff::kv_attention_{self.word}_v{version}", ", ".join(["Tensor"] * (2 + self.peaks))
+        define(name, f"({schema}) -> ({results})", attention, fake)
         name = f"eff::kv_attention_scored_{self.word}_v{version}"
-        define(name, f"({schema}) -> (Tensor, Tensor, Tensor)", scored, fake_scored)
+        define(name, f"({schema}) -> ({results}, Tensor)", scored, fake_scored)
 
 
 def _writes(*tensors: object) -> None:

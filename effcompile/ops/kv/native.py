@@ -48,8 +48,12 @@ def attend(
     scale: float,
     softcap: float,
     scored: bool = False,
+    theta: float = 0.0,
 ) -> common.Attended:
-    """Run `eff_kv_attention`: sizes [length, packed, capacity, group, residual]; scores only where they are asked for."""
+    """Run `eff_kv_attention`: sizes [length, packed, capacity, group, residual]; scores only where they are asked for.
+
+    `theta` is for keys in two planes, whose peaks are the last two of `state`.
+    """
     q, k, v = q.contiguous(), native.dense_rows(k), native.dense_rows(v)
     batch, heads, rows, depth = q.shape
     length, packed, capacity, group, residual = sizes
@@ -79,7 +83,6 @@ def attend(
         residual,
     ]
     numbers += [kind, causal, torch.get_num_threads(), *k.stride()[:3], *v.stride()[:3], *strides]
-    native.call(
-        native.CACHES, "eff_kv_attention", q.dtype, numbers, (q, k, v, mask, out, lse, logits, *state), scale, softcap
-    )
+    operands = (q, k, v, mask, out, lse, logits, *state)
+    native.call(native.CACHES, "eff_kv_attention", q.dtype, numbers, operands, scale, softcap, theta)
     return out, lse, logits

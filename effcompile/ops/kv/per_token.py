@@ -76,6 +76,11 @@ class PerToken8(Storage):
         return keys.to(dtype), values.to(dtype)
 
 
+def padded(width: int) -> int:
+    """Return how many channels a row of values of `width` channels has."""
+    return _up(width, ROW)
+
+
 def quantize(x: Tensor, floats: bool = False) -> tuple[Tensor, Tensor]:
     """Return (codes of x's shape, scales float16 without the last dimension) of vectors x `[..., D]`."""
     largest, beyond = (448.0, 456.0) if floats else (127.0, 127.5)
