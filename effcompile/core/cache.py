@@ -124,10 +124,33 @@ class Storage(ABC):
             state[name].zero_()
 
 
+@dataclass(frozen=True)
+class Tiers:
+    """Say how tokens are divided among two numbers of bits, the first for those that are read most.
+
+    The last `residual` tokens and up to `interval` more are not packed. The first tier gets the share of the fewest tokens that
+    hold `mass` of what the `recent` last and `spread` other queries of a prompt read, and at least `least`.
+    """
+
+    bits: tuple[int, int]
+    group: int
+    residual: int
+    interval: int
+    mass: float
+    recent: int
+    spread: int
+    least: float
+
+
 class CacheFormat(Method):
     """Answer how a KV cache is stored. Subclasses are frozen dataclasses, one a file; every field has a default."""
 
     family: ClassVar[str] = "kv"
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """Return how tokens are divided where not all are stored alike; then `storage` is that of the first tier."""
+        return None
 
     @abstractmethod
     def storage(self, site: CacheSite) -> Storage | Refusal:

@@ -18,6 +18,7 @@ from effcompile.core.site import CacheSite
 from effcompile.integrations.transformers import Held, sites
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache
+from effcompile.runtime.mixed import MixedCache
 
 
 def build(
@@ -35,8 +36,7 @@ def build(
     layers: list[Any] = []
     for site in sites(config, capacity):
         if isinstance(site, CacheSite):
-            tokens = LayerCache(form, site) if evict is None else EvictingCache(form, site, evict, rotation)
-            layers.append(layer_class(tokens))
+            layers.append(layer_class(_tokens(form, site, evict, rotation)))
             continue
         kind, given = site
         mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})
@@ -46,6 +46,18 @@ def build(
             )
         layers.append(mapping[kind](max_cache_len=capacity, **given))
     return cache_class(layers)
+
+
+def _tokens(form: CacheFormat, site: CacheSite, evict: CacheEviction | None, rotation: Rotation | None) -> LayerCache:
+    if evict is None:
+        return LayerCache(form, site) if form.tiers is None else MixedCache(form, site)
+    if form.tiers is not None:
+        raise EffError(
+            "EFF-K206",
+            f"`{form.name}` divides tokens by itself and cannot be combined with `{evict.name}`",
+            hint="another format for this eviction, such as kivi",
+        )
+    return EvictingCache(form, site, evict, rotation)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import fx
 
 from effcompile.core.program import Program
 from effcompile.core.site import CacheSite
+from effcompile.ops.kv import places
 
 Locate = Callable[[fx.Node], tuple[str, str]]
 """Return the module path and the source line of a node."""
@@ -29,7 +30,7 @@ def recognize_caches(program: Program, locate: Locate) -> tuple[CacheSite, ...]:
             names = [argument.name for argument in node.target._schema.arguments]
             given = dict(zip(names, node.args)) | dict(node.kwargs)
             k, v = (given[name].meta["val"] for name in ("k", "v"))
-            places = given["keys"].meta["val"].shape[2] if "keys" in given else given["v_scales"].meta["val"].shape[-1]
+            tensors = {name: x.meta["val"] for name, x in given.items() if isinstance(x, fx.Node)}
             owner, source = locate(node)
             number = seen[owner] = seen.get(owner, -1) + 1
             site = CacheSite(
@@ -42,7 +43,7 @@ def recognize_caches(program: Program, locate: Locate) -> tuple[CacheSite, ...]:
                 kv_heads=_extent(k.shape[1]),
                 head_dim=int(k.shape[3]),
                 value_dim=int(v.shape[3]),
-                capacity=_extent(places),
+                capacity=_extent(places(tensors)),
                 window=int(given["window"]),
                 format=str(given["format"]),
                 dtype=str(k.dtype).removeprefix("torch."),

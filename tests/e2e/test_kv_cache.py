@@ -57,6 +57,24 @@ def test_one_graph_serves_every_step(kv: str, emit: str) -> None:
     assert "modeling_llama.py" in first["source"]
 
 
+def test_tokens_are_divided_in_compiled_steps() -> None:
+    """A prompt by eager code, then steps in one graph, over a division of what they have brought."""
+    model = eff.prepare(llama(), kv="zipvl-mixed{residual=32,interval=32,recent=8,spread=8}", capacity=192)
+    ids = words(2, 70)
+    caches = [eff.kv_cache(model) for _ in range(2)]
+    call = compiled(model, emit="inductor")
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :64], past_key_values=cache, use_cache=True)
+    found, wanted = decode(call, ids, caches[0]), decode(model, ids, caches[1])
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    state = caches[0].packed[1].state
+    assert int(state["a_length"]) + int(state["b_length"]) == 134 - int(state["length"]) > 64
+    report = eff.report()
+    assert report["counters"]["graphs"] == 1
+    assert [row["format"] for row in report["graphs"][0]["caches"]] == [caches[0].packed[0].spelled] * 2
+
+
 def test_a_full_cache_is_an_error_in_compiled_code_too() -> None:
     model = eff.prepare(llama(), kv="int8-per-token", capacity=64)
     cache = eff.kv_cache(model, batch=1)

@@ -14,6 +14,8 @@ from effcompile.core.errors import EffError
 
 WIDE = "kivi{bits=4,group=32,residual=256}"
 """Exact for contexts of up to 256 tokens: what differs from the model's own cache is a mistake of ours."""
+MIXED = "zipvl-mixed{{residual=128}}"
+"""Exact for a prompt that fits what is not packed."""
 LLAMA = {
     "vocab_size": 97,
     "hidden_size": 128,
@@ -107,7 +109,7 @@ def test_left_padding_is_honored(kv: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kv", ["static-channel{{bits=8,ranges={}}}", "two-plane{{theta=0.3}}", "two-plane{{stale=True}}"]
+    "kv", ["static-channel{{bits=8,ranges={}}}", "two-plane{{theta=0.3}}", "two-plane{{stale=True}}", MIXED]
 )
 def test_formats_of_many_bits_generate_what_the_model_does(kv: str, tmp_path: Path) -> None:
     """Greedy tokens of a random model are close calls, so the logits of its own cache are what is compared."""

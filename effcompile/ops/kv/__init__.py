@@ -8,10 +8,25 @@ before them is read from the state, so that the prefill of an empty cache is exa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 
 def register() -> None:
     """Register the ops of every form of cache, once."""
-    from effcompile.ops.kv import evict, fixed, grouped, per_token, plain, two_plane
+    from effcompile.ops.kv import evict, fixed, grouped, mixed, per_token, plain, two_plane
 
-    for module in (plain, per_token, grouped, fixed, two_plane, evict):
+    for module in (plain, per_token, grouped, fixed, two_plane, mixed, evict):
         module.register()
+
+
+def places(tensors: Mapping[str, Tensor]) -> Any:
+    """Return how many tokens the operands of an attention over a cache have place for; a symbol where that is one."""
+    if "keys" in tensors:
+        return tensors["keys"].shape[2]
+    if "a_positions" in tensors:
+        return sum(tensors[name].shape[2] for name in ("a_positions", "b_positions", "k_recent"))
+    scales = tensors["v_scales"]
+    return tensors["k_codes"].shape[2] if scales.dim() == 2 else scales.shape[-1]
