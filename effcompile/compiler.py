@@ -20,7 +20,7 @@ from effcompile.core.errors import EffError, unknown
 from effcompile.core.experts import FAMILY, ExpertDispatch, MoESite
 from effcompile.core.kernel import AttentionKernel, SparseKernel
 from effcompile.core.options import Options
-from effcompile.core.plan import Plan, Range
+from effcompile.core.plan import Choice, Decline, Plan, Range
 from effcompile.core.policy import SITE_FAMILIES, Kernels, Method, Policy, read_policy
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Pass
@@ -34,6 +34,7 @@ from effcompile.lowering.moe.lower import lower_experts
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
 from effcompile.passes.recognize.experts import RecognizedExperts, recognize_experts
+from effcompile.passes.recognize.kv_buffers import find_buffers
 from effcompile.passes.recognize.kv_cache import recognize_caches
 from effcompile.planning import experts as planning_experts
 from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
@@ -74,8 +75,17 @@ class _Clock:
         self.begun = now
 
 
+Storing = Callable[[Recognized], tuple[Recognized, tuple[Choice, ...], tuple[Decline, ...]]]
+"""Store the caches that a program keeps in its own tensors in another form; return what was chosen for them, and what was not."""
+
+
 def compile_program(
-    program: Program, target: Target, options: Options, dump: Dump, fuel: int | None = None
+    program: Program,
+    target: Target,
+    options: Options,
+    dump: Dump,
+    fuel: int | None = None,
+    storing: Storing | None = None,
 ) -> Compiled:
     """Rewrite and lower a captured program for a target; the caller emits it."""
     ops.register()
@@ -86,14 +96,22 @@ def compile_program(
     program = _run(early, program, Plan.single(str(target)), dump, tank)
     found = recognize_attention(program, _locate)
     program = verify(program, found.program, "recognize")
+    own, _ = find_buffers(program, _locate)
+    chosen_caches: tuple[Choice, ...] = ()
+    kept_caches: tuple[Decline, ...] = ()
+    if storing is not None:
+        found, chosen_caches, kept_caches = storing(found)
+        program = verify(program, found.program, "caches")
+        own, _ = find_buffers(program, _locate)
+    caches = (*recognize_caches(program, _locate), *(item.site for item in own))
     experts = recognize_experts(program, _locate)
     program = verify(program, experts.program, "recognize experts")
-    caches = recognize_caches(program, _locate)
     dump.program("recognized", program)
     clock.lap("recognize")
 
     sizes = symbolic_sizes(program.entries[0].graph.graph)
     plan = _plan(found, experts, program, target, options, kernels, passes, sizes)
+    plan = plan.with_more(chosen_caches, kept_caches)
     policies = policies_of(plan)
     asked = {policy.family for mine in policies.values() for policy in mine} | {
         p.family for p in asked_policies(options)

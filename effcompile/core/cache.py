@@ -118,6 +118,16 @@ class Storage(ABC):
         """Forget the tokens from `length` on."""
         state["length"].fill_(length)
 
+    def seek(self, state: State, places: Tensor, count: int, limit: int) -> None:
+        """Forget the tokens from the first of `places`, int64 `[S]`, on, where `count` tokens are about to be appended.
+
+        Raises:
+            EffError: EFF-K203 where the places are no neighbors, or begin behind what is held; EFF-K201 for more than `limit`
+                tokens.
+        """
+        first = torch.ops.eff.kv_seek_v1.default(state["length"], places, count, limit, self.unit > 1)
+        state["length"].copy_(first)
+
     def clear(self, state: State) -> None:
         """Forget all tokens, and what was learned from them."""
         for name in self.counters:

@@ -202,6 +202,12 @@ class Plan:
 
         return replace(self, graphs=tuple(replace(graph, choices=replaced(graph.choices)) for graph in self.graphs))
 
+    def with_more(self, choices: Iterable[Choice], declined: Iterable[Decline]) -> Plan:
+        """Return the plan with choices and declines added to its last graph."""
+        *first, last = self.graphs
+        more = replace(last, choices=(*last.choices, *choices), declined=(*last.declined, *declined))
+        return replace(self, graphs=(*first, more))
+
     def with_notes(self, notes: Iterable[str]) -> Plan:
         """Return the plan with notes added to its last graph."""
         *first, last = self.graphs

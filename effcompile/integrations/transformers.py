@@ -134,7 +134,8 @@ def prepare(
     Experts are prepared always (integrations/transformers_experts.py), the cache where `kv` or `evict` asks for it.
 
     Args:
-        model: a transformers model, for `kv` and `evict` one that generates text; changed in place.
+        model: a transformers model, for `kv` and `evict` one that generates text, changed in place; or an ExportedProgram whose
+            caches are its own buffers, of which a module with packed buffers is made (`integrations/exported.py`).
         kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None stores tokens as they are.
         evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
         own cache
@@ -146,6 +147,8 @@ def prepare(
             model, EFF-K205 for a model whose attention cannot read such a cache, EFF-K206 for an eviction that needs to know
             how the model turns queries, and cannot, EFF-U104 without transformers.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        return _exported(model, kv, evict)
     _require()
     prepare_experts(model)
     if kv is None and evict is None:
@@ -169,6 +172,18 @@ def prepare(
         own = model.__dict__["_eff_own_cache"] = model._prepare_cache_for_generation
         model.__dict__["_prepare_cache_for_generation"] = functools.partial(_prepare_for_generation, model, own)
     return model
+
+
+def _exported(program: torch.export.ExportedProgram, kv: Any, evict: Any) -> Any:
+    from effcompile.integrations.exported import prepare_exported
+
+    if evict is not None or kv is None:
+        raise EffError(
+            "EFF-K205",
+            "an exported program keeps all tokens of its caches",
+            hint="eff.prepare(program, kv=...), without evict",
+        )
+    return prepare_exported(program, kv)
 
 
 def read_format(kv: str | CacheFormat) -> CacheFormat:

@@ -1,6 +1,6 @@
 """Find the KV caches of a graph: attention that reads packed tokens becomes a cache site.
 
-Caches that a model keeps in tensors of its own are not raised yet; a prepared model's calls are `eff::kv_attention_*` already.
+A prepared model's calls are `eff::kv_attention_*` already; `kv_buffers.py` finds caches that a model keeps in its own tensors.
 """
 
 from __future__ import annotations

@@ -173,5 +173,5 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_the_page_on_caches_runs() -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "kv_cache.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
     exec(compile(code, str(page), "exec"), {})

@@ -117,6 +117,11 @@ class Grouped(Storage):
             state["packed"].fill_(whole)
         state["length"].fill_(length)
 
+    def seek(self, state: State, places: Tensor, count: int, limit: int) -> None:
+        """Go on behind what is held, or begin again; what is packed cannot be cut in compiled code."""
+        super().seek(state, places, count, limit)
+        state["packed"].copy_(torch.minimum(state["packed"], state["length"]))
+
 
 # --- packing -------------------------------------------------------------------------------------------------------------------
 

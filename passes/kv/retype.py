@@ -1,0 +1,149 @@
+"""Store the caches that a graph keeps in tensors of its own in another form: appends compress, attention reads what they wrote.
+
+Each cache's tensors become inputs behind the others; the model's own stay inputs that nothing reads. The places that the
+model writes to say how many tokens it means to hold: they have to be neighbors that begin where the last call ended, or before it,
+which forgets what lies behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effcompile.core.attention_call import AttentionCall
+from effcompile.core.cache import CacheShape, Storage
+from effcompile.core.program import Input, Program
+from effcompile.core.rewrite import Editor, copy_graph
+from effcompile.core.site import CacheSite
+from effcompile.passes.recognize.kv_buffers import BufferCache, Write
+
+
+@dataclass(frozen=True)
+class Retyped:
+    """Hold a cache's new form: its tensors are `<site>.<name>` among the inputs of the graph."""
+
+    site: CacheSite
+    storage: Storage
+    spelled: str
+    constants: Mapping[str, Tensor]
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors of an empty cache."""
+        made = {
+            name: torch.zeros(size, dtype=dtype, device=device)
+            for name, (size, dtype) in self.storage.tensors(self.shape(device)).items()
+        }
+        for name in self.storage.counters:
+            made[name] = torch.zeros((), dtype=torch.int64, device=device)
+        for name, tensor in self.constants.items():
+            made[name].copy_(tensor)
+        return made
+
+    def shape(self, device: torch.device) -> CacheShape:
+        """Return the shape of the tokens, for the places that the storage has for them."""
+        site = self.site
+        assert isinstance(site.capacity, int)
+        capacity, dtype = self.storage.capacity(site.capacity), getattr(torch, site.dtype)
+        return CacheShape(int(site.batch), int(site.kv_heads), capacity, site.head_dim, site.value_dim, dtype, device)
+
+
+def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[BufferCache, ...]) -> Program:
+    """Return the program with the caches that `caches` names by their sites in their new form."""
+    for entry in program.entries:
+        copy = copy_graph(entry.graph)
+        twin = dict(zip(entry.graph.graph.nodes, copy.graph.nodes))
+        edit, inputs = Editor(copy), list(entry.inputs)
+        for cache in found:
+            if cache.site.entry != entry.name or cache.site.id not in caches:
+                continue
+            new = caches[cache.site.id]
+            attention = twin[cache.attention]
+            call = AttentionCall.of(attention)
+            keys, values = (
+                Write(twin[w.node], twin[w.base], _of(twin, w.place), twin[w.tokens])
+                for w in (cache.keys, cache.values)
+            )
+            state = _add_inputs(edit, inputs, new, call.q.meta["val"])
+            with edit.before(attention):
+                result = _attend(edit, new, call, keys, values, state)
+            edit.replace(attention, result)
+            for write in (keys, values):
+                _erase(write)
+        program = _with(program, entry.name, edit.finish(), tuple(inputs))
+    return program
+
+
+def _of(twin: Mapping[fx.Node, fx.Node], place: fx.Node | int) -> fx.Node | int:
+    return twin[place] if isinstance(place, fx.Node) else place
+
+
+def _add_inputs(edit: Editor, inputs: list[Input], new: Retyped, like: Tensor) -> dict[str, fx.Node]:
+    """Add a placeholder for each tensor of a cache."""
+    mode, made = getattr(like, "fake_mode", None), dict[str, fx.Node]()
+    assert mode is not None
+    first = next(node for node in edit.graph.nodes if node.op != "placeholder")
+    for name, tensor in new.state(torch.device("cpu")).items():
+        with edit.graph.inserting_before(first):
+            node = edit.graph.placeholder(f"{new.site.id}_{name}".replace(".", "_"))
+        with mode:
+            node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=like.device)
+        inputs.append(Input(node.name, "packed", f"{new.site.id}.{name}"))
+        made[name] = node
+    return made
+
+
+def _attend(
+    edit: Editor, new: Retyped, call: AttentionCall, keys: Write, values: Write, state: Mapping[str, fx.Node]
+) -> fx.Node:
+    """Insert the append and the attention over what it wrote, and return the node of its result."""
+    names, storage, site = list(state), new.storage, new.site
+    batch, heads = call.k.meta["val"].shape[:2]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, place: Tensor | int, *tensors: Tensor) -> Tensor:
+        held = dict(zip(names, tensors))
+        k, v = (
+            x.expand(batch, heads, -1, -1) if x.dim() == 4 else x.reshape(batch, heads, -1, x.shape[-1]) for x in (k, v)
+        )
+        first = place if isinstance(place, Tensor) else torch.full((1,), place, dtype=torch.int64, device=q.device)
+        storage.seek(held, first, k.shape[2], site.capacity if isinstance(site.capacity, int) else 0)
+        storage.append(held, k, v)
+        while mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+        given = (call.scale, call.softcap, site.window, new.spelled)
+        return storage.attend(held, q, k, v, mask, False, *given)[0]
+
+    assert call.mask is not None
+    operands = (call.q, keys.tokens, values.tokens, call.mask, keys.place)
+    return edit.inline(run, *operands, *state.values())
+
+
+def _erase(write: Write) -> None:
+    """Remove a write, and the views through which it went or was read."""
+    graph = write.node.graph
+    for user in [*write.node.users, *write.base.users]:
+        _erase_view(graph, user, write.node)
+    if not write.node.users:
+        target = write.node.args[0]
+        graph.erase_node(write.node)
+        while isinstance(target, fx.Node) and target is not write.base and not target.users:
+            before = target.args[0]
+            graph.erase_node(target)
+            target = before
+
+
+def _erase_view(graph: fx.Graph, node: fx.Node, write: fx.Node) -> None:
+    if node is write or write in node.users:
+        return
+    for user in list(node.users):
+        _erase_view(graph, user, write)
+    if not node.users:
+        graph.erase_node(node)
+
+
+def _with(program: Program, name: str, graph: Any, inputs: tuple[Input, ...]) -> Program:
+    entries = tuple(replace(e, graph=graph, inputs=inputs) if e.name == name else e for e in program.entries)
+    return replace(program, entries=entries)
