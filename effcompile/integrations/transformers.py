@@ -21,11 +21,12 @@ from effcompile.compiler import all_methods
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
-from effcompile.core.policy import read_policy
+from effcompile.core.policy import Policy, read_policy
 from effcompile.core.site import CacheSite
 from effcompile.integrations.transformers_experts import prepare_experts
 from effcompile.ops import native
 from effcompile.runtime.kv_cache import LayerCache
+from effcompile.runtime.paged import PAGE, Reading
 
 INTERFACE = "eff"
 OWN = (None, "dynamic", "static", "hybrid", "sliding_window")
@@ -115,6 +116,7 @@ class Preparation:
     evict: CacheEviction | None
     rotation: Rotation | None
     """How the model turns queries, where `evict` needs it."""
+    reading: Reading | None
     capacity: int | None
     places: int
     """Positional arguments before `past_key_values` in a call of the model."""
@@ -127,6 +129,7 @@ def prepare(
     *,
     kv: str | CacheFormat | None = None,
     evict: str | CacheEviction | None = None,
+    attention: str | Policy | None = None,
     capacity: int | None = None,
 ) -> Any:
     """Let a transformers model run its experts through `eff::moe_v1` and keep its KV cache in a compressed form, and return it.
@@ -140,6 +143,7 @@ def prepare(
         evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
         own cache
             back.
+        attention: `quest{page=64}` or `block-topk{page=64}`: a step reads the pages of the cache that it chooses; None reads all.
         capacity: tokens that a context may have; None lets `generate` choose what it needs, and caches of plain calls grow.
 
     Raises:
@@ -151,22 +155,25 @@ def prepare(
         return _exported(model, kv, evict)
     _require()
     prepare_experts(model)
-    if kv is None and evict is None:
+    if kv is None and evict is None and attention is None:
         model.__dict__.pop("_eff_kv", None)
         return model
     from effcompile.integrations.transformers_cache import build, classes
 
     form = read_format("plain" if kv is None else kv)
     policy = None if evict is None else read_eviction(evict)
+    reading = None if attention is None else read_pages(attention)
     _switch(model)
     turned = _rotation(model, policy)
     model.__dict__.pop("_eff_kv", None)
     build(
-        classes(), model.config, form, capacity, policy, turned
+        classes(), model.config, form, capacity, policy, turned, reading
     )  # what is refused is known here, before anything runs
     if model.device.type == "cpu":
         native.prefetch((native.CACHES,))
-    model.__dict__["_eff_kv"] = Preparation(form, policy, turned, capacity, _places(type(model).forward), classes())
+    model.__dict__["_eff_kv"] = Preparation(
+        form, policy, turned, reading, capacity, _places(type(model).forward), classes()
+    )
     if "_eff_own_cache" not in model.__dict__:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
         own = model.__dict__["_eff_own_cache"] = model._prepare_cache_for_generation
@@ -204,6 +211,27 @@ def read_eviction(evict: str | CacheEviction) -> CacheEviction:
     return found
 
 
+def read_pages(attention: str | Policy) -> Reading:
+    """Return how steps read a cache, from the spelling of a policy that chooses pages.
+
+    Raises:
+        EffError: EFF-K206 for a policy that chooses no pages, or pages that are no multiples of what the kernels skip.
+    """
+    policy = attention if isinstance(attention, Policy) else read_policy("attention", attention, all_methods())
+    if policy.name not in ("quest", "block-topk"):
+        raise EffError(
+            "EFF-K206", f"`{policy.name}` chooses no pages of a cache", hint="quest{page=64}, block-topk{page=64}"
+        )
+    budget, page, dense = (int(getattr(policy, name)) for name in ("budget", "page", "dense_layers"))
+    if page % PAGE:
+        raise EffError(
+            "EFF-K206",
+            f"pages of {page} tokens of `{policy.name}`: a cache is read in multiples of {PAGE}",
+            hint=f"{policy.name}{{page={PAGE}}}",
+        )
+    return Reading(budget, page, policy.name == "quest", policy.spelled, dense)
+
+
 def _rotation(model: nn.Module, policy: CacheEviction | None) -> Rotation | None:
     if policy is None or not policy.turns:
         return None
@@ -217,6 +245,7 @@ def kv_cache(
     kv: str | CacheFormat | None = None,
     *,
     evict: str | CacheEviction | None = None,
+    attention: str | Policy | None = None,
     capacity: int | None = None,
     batch: int | None = None,
 ) -> Any:
@@ -226,29 +255,32 @@ def kv_cache(
         model: the model, prepared or not yet.
         kv: the format; None takes what the model was prepared with, or stores tokens as they are where only `evict` is given.
         evict: which tokens stay; None takes what the model was prepared with, where `kv` is None too.
+        attention: which pages a step reads; None takes what the model was prepared with, where the other two are None too.
         capacity: tokens; None takes what the model was prepared with, and where that says nothing either the cache grows as tokens
             arrive, in eager calls only.
         batch: make the tensors at once, for so many sequences; else they are made when the first tokens arrive.
     """
     _require()
     prepared: Preparation | None = model.__dict__.get("_eff_kv")
-    turned = None
-    if kv is None and evict is None:
+    turned = reading = None
+    if kv is None and evict is None and attention is None:
         if prepared is None:
             raise EffError(
                 "EFF-K205", "the model was not prepared and no format is named", hint='eff.prepare(model, kv="...")'
             )
-        form, policy, turned = prepared.format, prepared.evict, prepared.rotation
+        form, policy, turned, reading = prepared.format, prepared.evict, prepared.rotation, prepared.reading
     else:
         own = "plain" if prepared is None else prepared.format
         form = read_format(own if kv is None else kv)
         policy = None if evict is None else read_eviction(evict)
+        reading = None if attention is None else read_pages(attention)
         turned = _rotation(model, policy)
     if capacity is None and prepared is not None:
         capacity = prepared.capacity
     from effcompile.integrations.transformers_cache import build, classes
 
-    cache = build(classes() if prepared is None else prepared.classes, model.config, form, capacity, policy, turned)
+    made = classes() if prepared is None else prepared.classes
+    cache = build(made, model.config, form, capacity, policy, turned, reading)
     if batch is not None:
         cache.early_initialization(batch, *cache.dimensions, model.dtype, model.device)
     return cache

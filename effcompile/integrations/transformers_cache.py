@@ -19,6 +19,7 @@ from effcompile.integrations.transformers import Held, sites
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache
 from effcompile.runtime.mixed import MixedCache
+from effcompile.runtime.paged import PagedCache, Reading
 
 
 def build(
@@ -28,6 +29,7 @@ def build(
     capacity: int | None,
     evict: CacheEviction | None = None,
     rotation: Rotation | None = None,
+    reading: Reading | None = None,
 ) -> Any:
     """Return a cache of the classes `made` for a model's configuration; layers without keys and values are transformers' own."""
     from transformers import cache_utils
@@ -36,7 +38,7 @@ def build(
     layers: list[Any] = []
     for site in sites(config, capacity):
         if isinstance(site, CacheSite):
-            layers.append(layer_class(_tokens(form, site, evict, rotation)))
+            layers.append(layer_class(_tokens(form, site, evict, rotation, reading)))
             continue
         kind, given = site
         mapping = getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})
@@ -48,16 +50,36 @@ def build(
     return cache_class(layers)
 
 
-def _tokens(form: CacheFormat, site: CacheSite, evict: CacheEviction | None, rotation: Rotation | None) -> LayerCache:
-    if evict is None:
-        return LayerCache(form, site) if form.tiers is None else MixedCache(form, site)
-    if form.tiers is not None:
+def _tokens(
+    form: CacheFormat,
+    site: CacheSite,
+    evict: CacheEviction | None,
+    rotation: Rotation | None,
+    reading: Reading | None,
+) -> LayerCache:
+    """Return what holds the tokens of a layer.
+
+    Raises:
+        EffError: EFF-K206 for two that each decide by themselves where a token lies.
+    """
+    asked = [
+        *([evict.name] if evict else []),
+        *([reading.spelled] if reading else []),
+        *([form.name] if form.tiers else []),
+    ]
+    if len(asked) > 1:
         raise EffError(
             "EFF-K206",
-            f"`{form.name}` divides tokens by itself and cannot be combined with `{evict.name}`",
-            hint="another format for this eviction, such as kivi",
+            f"`{asked[0]}` and `{asked[1]}` cannot be combined: each decides which tokens are where",
+            hint="one of them, with a format such as kivi",
         )
-    return EvictingCache(form, site, evict, rotation)
+    if evict is not None:
+        return EvictingCache(form, site, evict, rotation)
+    if form.tiers is not None:
+        return MixedCache(form, site)
+    if reading is not None and site.layer >= reading.dense:
+        return PagedCache(form, site, reading)
+    return LayerCache(form, site)
 
 
 @functools.cache

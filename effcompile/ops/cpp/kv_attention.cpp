@@ -23,15 +23,14 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < p.depth; ++d) scaled[i * p.depth + d] = q[i * p.depth + d] * p.k_fixed[g * p.depth + d];
     const Rows r{scaled, rows, p.depth, values, s, to.values, lds};
-    for (int64_t at = begin; at < end; at += CHUNK) {
-      const int64_t count = std::min<int64_t>(CHUNK, end - at), padded = up(count, PANEL8);
-      if (!any_visible(p, b, g, at, count)) continue;
+    by_visible(p, b, g, begin, end, [&](int64_t at, int64_t count) {
+      const int64_t padded = up(count, PANEL8);
       scores_rows<BITS>(p.k_codes + (bg * p.capacity + at) * p.depth / part, r, count, own.codes);
       restrict_scores(p, b, g, at, count, padded, s, lds);
       tell_scores(p, bg, at, count, s, lds);
       soften(p, s, lds, padded, to, values);
       values_rows<BITS>(p.v_codes + (bg * p.capacity + at) * p.width / part, r, count, own.codes);
-    }
+    });
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < p.width; ++d) to.values[i * values + d] *= p.v_fixed[g * p.width + d];
     return;
@@ -41,9 +40,7 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < p.depth; ++d) own.bias[i] += 8.f * q[i * p.depth + d];
   }
-  for (int64_t at = begin; at < end; at += CHUNK) {
-    const int64_t count = std::min<int64_t>(CHUNK, end - at);
-    if (!any_visible(p, b, g, at, count)) continue;
+  by_visible(p, b, g, begin, end, [&](int64_t at, int64_t count) {
     if constexpr (BITS >= 8) {
       constexpr int CODES = BITS == FLOATS ? FLOATS : 8;
       const Reg unit = every(BITS == FLOATS ? 256.f : 1.f);
@@ -133,7 +130,7 @@ void attend_packed(const Problem& p, const float* q, int64_t b, int64_t g, int64
           });
       }
     }
-  }
+  });
 }
 
 // --- the tokens that are not packed: the recent ones or all, and those of this call ----------------------------------------------------
@@ -168,9 +165,8 @@ void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_
     const int64_t many = key ? p.depth : p.width;
     return static_cast<const T*>(key ? p.k_recent : p.v_recent) + (bg * p.residual + j % p.residual) * many;
   };
-  for (int64_t at = begin; at < end; at += CHUNK) {
-    const int64_t count = std::min<int64_t>(CHUNK, end - at), padded = up(count, 16);
-    if (!any_visible(p, b, g, at, count)) continue;
+  by_visible(p, b, g, begin, end, [&](int64_t at, int64_t count) {
+    const int64_t padded = up(count, 16);
     for (int64_t j = 0; j < count; ++j) {
       widen(of(at + j, true), row, p.depth);
       for (int64_t i = 0; i < rows; ++i) s[i * lds + j] = dot(q + i * p.depth, row, p.depth);
@@ -188,7 +184,7 @@ void attend_plain(const Problem& p, const float* q, int64_t b, int64_t g, int64_
           for (int64_t d = 0; d < p.width; ++d) sums[d] += by * row[d];
       }
     }
-  }
+  });
 }
 
 // --- all of it ---------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,25 @@ bool any_visible(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t 
   return false;
 }
 
+// Call f(first, count) for runs of keys of [begin, end) that some row may see: of at most CHUNK keys, and whole pieces of PIECE.
+template <typename F>
+void by_visible(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t end, F f) {
+  constexpr int64_t PIECE = PANEL8;
+  for (int64_t at = begin; at < end; at += CHUNK) {
+    const int64_t stop = std::min<int64_t>(at + CHUNK, end);
+    if (p.mask_kind != 1) {
+      f(at, stop - at);
+      continue;
+    }
+    for (int64_t j = at; j < stop;) {
+      int64_t last = j;
+      while (last < stop && any_visible(p, b, g, last, std::min(PIECE, stop - last))) last = std::min(last + PIECE, stop);
+      if (last > j) f(j, last - j);
+      j = last + PIECE;  // of what is seen by nobody, nothing is read
+    }
+  }
+}
+
 // Cap and mask the scores of keys [begin, begin + count) of all rows; what lies between count and padded is no key.
 void restrict_scores(const Problem& p, int64_t b, int64_t g, int64_t begin, int64_t count, int64_t padded, float* s, int64_t lds) {
   const int64_t group = p.heads / p.kv_heads, rows = p.group_rows();
