@@ -121,6 +121,10 @@ class CacheEviction(Method):
         """Return which share of the budget always stays at the end of a context while single tokens arrive."""
         return 0.0
 
+    def judges(self, count: int) -> int:
+        """Return how many of `count` queries of a prompt are asked what they read; they stand for the others."""
+        return count
+
     def gain(self, step: Step) -> Tensor:
         """Return what queries add to the sums of tokens, float32 `[B, Hkv, N]`."""
         raise NotImplementedError

@@ -310,14 +310,16 @@ class EvictingCache(LayerCache):
                 mass[:, :, :held] = state["mass"][:, :, :held]
         if self.policy.sums:
             after = torch.zeros((), dtype=torch.int64, device=device) if anew else state["seen"] + 1 - state["prompt"]
-            many = scores.rows_at_once(q, k)
-            for first in range(0, fresh, many):
-                rows = slice(first, first + many)
-                mask = None if call.mask is None else call.mask[:, :, rows]
-                asked = scores.masked_scores(
-                    q[:, :, rows], k, mask, call.causal, held + first, call.scale, call.softcap
-                )
-                mass = mass + self.policy.gain(Step(asked, positions, seen + own[rows], start, after, self.site.layer))
+            judges = self.policy.judges(fresh)
+            asking = own if judges == fresh else torch.linspace(0, fresh - 1, judges, device=device).round().long()
+            for rows in asking.split(scores.rows_at_once(q, k)):
+                mask = None if call.mask is None else call.mask.expand(-1, -1, fresh, -1)[:, :, rows]
+                asked = scores.masked_scores(q[:, :, rows], k, mask, False, 0, call.scale, call.softcap)
+                if call.causal:
+                    later = torch.arange(k.shape[2], device=device) > (held + rows)[:, None]
+                    asked = asked.masked_fill(later, -torch.inf)
+                gain = self.policy.gain(Step(asked, positions, seen + rows, start, after, self.site.layer))
+                mass = mass + gain * (fresh / judges)
         return Context(
             q,
             k,

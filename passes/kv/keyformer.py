@@ -22,7 +22,8 @@ class Keyformer(CacheEviction):
     generated tokens. Of the budget the share `recent` is for the last tokens. Every sequence of a batch keeps its own tokens.
     The noise depends on `seed`, layer, head, query and key only, so that a run can be repeated and no sequence depends on
     those beside it; `noise=False` leaves it out, for tasks that need exact retrieval. Attention itself has neither noise nor
-    temperature.
+    temperature. With `probes`, so many queries of a prompt, evenly spread, stand for all of them: scoring a prompt takes time
+    with its length then, instead of the square of it.
     """
 
     keep: float = 0.5
@@ -33,6 +34,7 @@ class Keyformer(CacheEviction):
     hot: float = 2.0
     horizon: int = 128
     seed: int = 0
+    probes: int = 0
 
     name: ClassVar[str] = "keyformer"
     paper: ClassVar[str] = "arXiv:2403.09054"
@@ -46,6 +48,7 @@ class Keyformer(CacheEviction):
         check_whole(self, "least", least=2)
         check_whole(self, "horizon", least=1)
         check_whole(self, "seed", least=0)
+        check_whole(self, "probes", least=0)
         if self.recent == 1:
             raise refused_value(self, "recent", "below 1: what is not recent competes for the rest")
         if not isinstance(self.noise, bool):
@@ -67,6 +70,10 @@ class Keyformer(CacheEviction):
         """Rank by what tokens have gathered; the last ones stay."""
         many = int(self.recent * context.budget)
         return torch.where(context.positions >= context.total - many, torch.inf, context.mass)
+
+    def judges(self, count: int) -> int:
+        """Return how many probes there are, or all."""
+        return min(count, self.probes or count)
 
     def gain(self, step: Step) -> Tensor:
         """Return what the queries give to each token: a row of 1 in all for each query head."""

@@ -251,3 +251,22 @@ def test_what_a_policy_cannot_be_is_refused() -> None:
     for kind, fields in wrong:
         with pytest.raises(EffError, match="EFF-U004"):
             kind(**fields)
+
+
+def test_probes_stand_for_all_queries_of_a_prompt() -> None:
+    """What they read is counted for as many queries as there are; as many probes as queries are all of them, bit for bit."""
+    given = tokens(300, 0)
+    whole = cache_of(Keyformer(keep=0.3, least=20, noise=False))
+    some = cache_of(Keyformer(keep=0.3, least=20, noise=False, probes=60))
+    same = cache_of(Keyformer(keep=0.3, least=20, noise=False, probes=300))
+    for cache in (whole, some, same):
+        feed(cache, *given)
+    assert torch.equal(kept(whole), kept(same))
+    assert torch.equal(whole.state["mass"], same.state["mass"])
+    first, other = whole.state["mass"][..., : whole.length].sum(2), some.state["mass"][..., : some.length].sum(2)
+    assert float((first / other - 1).abs().max()) < 0.1
+    shared = (kept(whole)[..., :, None] == kept(some)[..., None, :]).any(-1).float().mean()
+    assert 0.7 < float(shared) < 1  # of those that are kept; a random choice would share a third of them
+    for _ in range(3):
+        feed(some, *(x[:, :, :1] for x in given))
+    assert some.length == 90
