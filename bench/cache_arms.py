@@ -17,8 +17,15 @@ FORMATS: Mapping[str, str] = {
     "fp8": "fp8",
     "kivi-4": "kivi{bits=4,group=32,residual=128}",
     "kivi-2": "kivi{bits=2,group=32,residual=128}",
+    "static-8": "static-channel{bits=8}",
+    "static-4": "static-channel{bits=4}",
+    "two-plane": "two-plane{theta=0.1}",
+    "two-plane-stale": "two-plane{theta=0.1,stale=True}",
+    "zipvl": "zipvl-mixed{mass=0.97}",
 }
 """What is measured, by the name of its arm."""
+MIXED = ("zipvl",)
+"""Arms that read a prompt by themselves, since where a token goes depends on the queries."""
 EVICTIONS: Mapping[str, tuple[str, str]] = {
     "sink-window": ("plain", "sink-window{{window={rest},sinks=4}}"),
     "snapkv": ("plain", "snapkv{{budget={half},window={few}}}"),
@@ -55,6 +62,12 @@ def prefill(model: Any, ids: Tensor) -> Past:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def spelled(name: str, ranges: str) -> str:
+    """Return the format of an arm, with the file of ranges where it needs one."""
+    form = FORMATS[name]
+    return form.replace("}", f",ranges={ranges}}}") if form.startswith("static-channel") else form
+
+
 def evicting(name: str, prompt: int) -> tuple[str, str]:
     """Return format and eviction of an arm, spelled for a prompt of so many tokens."""
     form, policy = EVICTIONS[name]
@@ -81,17 +94,37 @@ def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int) -> Cac
     return CacheArm(_stepper(prepared, cache), rewind, cache.nbytes)
 
 
-def make_arm(name: str, plain: Any, prepared: Any, past: Past, capacity: int) -> CacheArm:
-    """Return an arm whose cache holds `past` and has place for `capacity` tokens.
+def key_reader(name: str, prepared: Any) -> Callable[..., Tensor]:
+    """Return how an arm that drops tokens looks for pass keys: it reads a prompt, then the answer token by token."""
 
-    `plain` and `prepared` are two copies of one model, the second one prepared for compressed caches.
+    def call(ids: Tensor, logits_to_keep: int) -> Tensor:
+        cut = ids.shape[1] - logits_to_keep
+        form, policy = evicting(name, cut)
+        cache: Any = eff.kv_cache(prepared, form, evict=policy, capacity=ids.shape[1])
+        prepared(ids[:, :cut], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        step = _stepper(prepared, cache)
+        return torch.cat([step(ids[:, n : n + 1]) for n in range(cut, ids.shape[1])], 1)
+
+    return call
+
+
+def make_arm(
+    name: str, plain: Any, prepared: Any, past: Past, capacity: int, ranges: str = "", prompt: Tensor | None = None
+) -> CacheArm:
+    """Return an arm whose cache holds `past`, the tokens of `prompt` `[1, n]`, and has place for `capacity` tokens.
+
+    `plain` and `prepared` are two copies of one model, the second one prepared for compressed caches; `ranges` is a file of
+    `eff.calibrate_kv`.
 
     Raises:
         ImportError: for a quantized cache of transformers whose package is not installed.
     """
     if name in FORMATS:
-        cache: Any = eff.kv_cache(prepared, FORMATS[name], capacity=capacity, batch=1)
-        for layer, (k, v) in zip(cache.packed, past):
+        mixed = name in MIXED
+        cache: Any = eff.kv_cache(prepared, spelled(name, ranges), capacity=capacity, batch=None if mixed else 1)
+        if mixed:
+            prepared(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for layer, (k, v) in zip(cache.packed, [] if mixed else past):
             layer.append(k, v)
         states = [layer.state for layer in cache.packed]
         kept = [{part: tensor.clone() for part, tensor in state.items()} for state in states]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from bench.report import amount, chip, circumstances, replace_results
 from effcompile.core.errors import EffError
 
 PAGE = "kv_cache.md"
+PICTURE = "kv_cache.png"
 Arm = Mapping[str, Any]
 _TITLES = {"speed": "Speed", "quality": "Quality", "evict": "Evictions", "generate": "Greedy tokens"}
 
@@ -42,7 +44,62 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     new = replace_results(text, markdown(documents))
     if new != text:
         page.write_text(new, encoding="utf-8")
+        draw(documents, folder / PICTURE)
     return new != text
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float, float]]:
+    """Return (arm, bytes against bfloat16, KL, speed) of every arm with a quality; speed is over the first arm of the form `speed`.
+
+    Where an arm has no speed, as evictions have none, that is NaN. Of rows of one form the last one counts.
+    """
+    by_form = {row["parameters"]["form"]: row for row in rows}
+    base = next(iter(by_form["speed"]["arms"])) if "speed" in by_form else ""
+    speed = {
+        item["arm"]: item["median"] for item in by_form.get("speed", {"ratios": ()})["ratios"] if item["to"] == base
+    }
+    found = []
+    for form in ("quality", "evict"):
+        for name, arm in by_form.get(form, {"arms": {}})["arms"].items():
+            quality = _quality(arm)
+            if "kl" in quality and "bytes_ratio" in arm:
+                found.append((name, float(arm["bytes_ratio"]), quality["kl"], speed.get(name, math.nan)))
+    return found
+
+
+def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw KL against bytes, a point an arm whose area is its speed, a panel a machine; return whether there was anything to draw.
+
+    Raises:
+        EffError: EFF-U104 without matplotlib.
+    """
+    from effcompile.models.trained import require
+
+    require("matplotlib", "demo")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(document, points) for document in documents if (points := curve(document["rows"]))]
+    if not panels:
+        return False
+    figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (document, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name, size, loss, speed in points:
+            known = not math.isnan(speed)
+            area, color = (40 * max(speed, 0.2), "#1f77b4") if known else (30, "#999999")
+            axes.scatter([size], [max(loss, 1e-6)], s=area, color=color, alpha=0.7)
+            label = f"{name} {speed:.1f}x" if known else name
+            axes.annotate(label, (size, max(loss, 1e-6)), textcoords="offset points", xytext=(6, 4), fontsize=7)
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes of the cache against bfloat16")
+        axes.set_ylabel("KL against the model's own cache")
+        axes.set_title(
+            f"SmolLM2-135M on {', '.join(dict.fromkeys(chip(m) for m in document['runs'].values()))}", fontsize=9
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    return True
 
 
 def _table(row: Mapping[str, Any]) -> str:
@@ -58,6 +115,7 @@ def _table(row: Mapping[str, Any]) -> str:
         "KL": lambda name, arm: _told(_quality(arm).get("kl"), "{:.4f}"),
         "top-1": lambda name, arm: _told(_quality(arm).get("top1"), "{:.1f} %", 100.0),
         "perplexity": lambda name, arm: _told(_quality(arm).get("perplexity"), "{:.2f}"),
+        "pass keys": lambda name, arm: _keys(arm.get("pass_key")),
         "prompts with equal tokens": lambda name, arm: _equal(arm.get("generate")),
     }
     shown = {title: [cell(name, arm) for name, arm in arms.items()] for title, cell in columns.items()}
@@ -76,6 +134,10 @@ def _told(value: float | None, form: str, scale: float = 1.0) -> str | None:
 def _quality(arm: Arm) -> Mapping[str, float]:
     found: Mapping[str, Mapping[str, float]] = arm.get("quality", {})
     return next(iter(found.values()), {})
+
+
+def _keys(told: Mapping[str, Any] | None) -> str | None:
+    return None if told is None else f"{told['found']} of {told['tries']} (whole: {told['dense']})"
 
 
 def _equal(told: Mapping[str, Any] | None) -> str | None:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import effcompile as eff
-from bench.cache_arms import EVICTIONS, FORMATS, PEERS, CacheArm, evicting, evicting_arm, make_arm, prefill
+from bench import pass_keys
+from bench.cache_arms import (
+    EVICTIONS,
+    FORMATS,
+    PEERS,
+    CacheArm,
+    evicting,
+    evicting_arm,
+    key_reader,
+    make_arm,
+    prefill,
+    spelled,
+)
 from bench.case import Case as BaseCase
 from bench.case import Row, Settings, Watch, grid
 from bench.clocks import timer_for
@@ -26,7 +41,7 @@ from bench.rounds import interleave
 from bench.stats import Spread, ratios
 from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
-from effcompile.models.text import pydoc_text, token_windows
+from effcompile.models.text import austen_text, pydoc_text, token_windows
 
 FORMS = ("speed", "quality", "evict", "generate")
 BASE = "static-inductor"
@@ -43,7 +58,8 @@ class KVDecode(BaseCase):
         "One prefill of real text by the unmodified model fills every cache. speed: the arms take turns at one-token steps up to "
         "`length` tokens; seconds are per token. quality: each arm continues a prompt of a quarter of `length` with the true text, "
         "token by token, and its logits are compared with those of the model's own cache (dynamic, eager). "
-        "evict: the same for caches that hold half of a prompt of three quarters of `length`, eager. "
+        "evict: the same for caches that hold half of a prompt of three quarters of `length`, eager, and how many pass keys "
+        "they find in prompts of that length. "
         "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
         "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
@@ -58,6 +74,7 @@ class KVDecode(BaseCase):
     steps: int = 16
     prompts: int = 10
     tokens: int = 128
+    keys: int = 20
 
     def arms(self, device: str) -> tuple[str, ...]:
         """Return StaticCache under both compilers, transformers' quantized cache, every format and every eviction."""
@@ -105,6 +122,14 @@ class KVDecode(BaseCase):
             }
         ]
 
+    def _ranges(self, plain: ZooModel) -> str:
+        """Return a file of ranges, measured once on another text than what is decoded."""
+        path = Path(tempfile.gettempdir()) / f"eff-kv-ranges-{os.getpid()}-{id(plain):x}.json"
+        if not path.is_file():
+            eff.calibrate_kv(plain.model, token_windows(plain.tokenizer, austen_text(), 512, 2)[:, None], path)
+            atexit.register(path.unlink, missing_ok=True)
+        return str(path)
+
     def _speed(
         self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
     ) -> tuple[dict[str, Any], dict[str, Spread]]:
@@ -121,7 +146,7 @@ class KVDecode(BaseCase):
             watch.say(f"preparing {name}")
             begun = time.perf_counter()
             try:
-                arm = make_arm(name, plain.model, prepared, past, length)
+                arm = make_arm(name, plain.model, prepared, past, length, self._ranges(plain), ids[:, : length - steps])
                 _steps(arm, last)
             except Exception as error:
                 arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
@@ -162,7 +187,8 @@ class KVDecode(BaseCase):
             for name in names:
                 watch.say(name)
                 try:
-                    arm = make_arm(name, plain.model, prepared, past, length)
+                    given = (name, plain.model, prepared, past, length, self._ranges(plain), ids[:, :prompt])
+                    arm = make_arm(*given)
                     _steps(arm, ids[:, prompt : prompt + 1])
                     arm.rewind()
                 except Exception as error:
@@ -196,6 +222,13 @@ class KVDecode(BaseCase):
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
                 arms[name] = _bytes(arm, plain, length, " evict=".join(evicting(name, prompt)))
                 watch.tick(name)
+        hunters: dict[str, pass_keys.Call] = {
+            "dense": lambda ids, logits_to_keep: plain.model(ids, logits_to_keep=logits_to_keep).logits
+        }
+        hunters |= {name: key_reader(name, prepared) for name in scores}
+        hunted, _ = pass_keys.measure(plain, hunters, prompt, 2 if settings.quick else self.keys, watch)
+        for name in scores:
+            arms[name]["pass_key"] = {**hunted[name]["pass_key"], "dense": hunted["dense"]["pass_key"]["found"]}
         return _with_quality(arms, samples, scores)
 
     def _generate(
@@ -212,7 +245,7 @@ class KVDecode(BaseCase):
             wanted = plain.model.generate(ids, cache_implementation="static", disable_compile=True, **given)
             for name in (name for name in names if name in FORMATS):
                 watch.say(name)
-                cache = eff.kv_cache(prepared, FORMATS[name], capacity=length + tokens)
+                cache = eff.kv_cache(prepared, spelled(name, self._ranges(plain)), capacity=length + tokens)
                 seconds, found = timer.time(
                     lambda cache=cache, ids=ids: prepared.generate(
                         ids, past_key_values=cache, disable_compile=True, **given

@@ -54,6 +54,17 @@ def test_each_form_shows_the_columns_that_it_has() -> None:
     assert any(line.startswith("measured: 2030-01-01, Chip (avx)") for line in lines)
 
 
+def test_the_picture_has_what_the_rows_say(tmp_path: Path) -> None:
+    """Bytes and quality of one form, speed of another; a document without qualities has no picture."""
+    (point,) = cache_report.curve(document()["rows"])
+    assert point == ("int8", 0.5156, 0.0008, 4.0)
+    assert cache_report.draw([document()], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    nothing = document() | {"rows": document()["rows"][:1]}
+    assert not cache_report.draw([nothing], tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_the_page_changes_between_its_markers_only(tmp_path: Path) -> None:
     page = tmp_path / cache_report.PAGE
     with pytest.raises(EffError, match="EFF-B104"):
