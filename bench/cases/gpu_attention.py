@@ -81,8 +81,7 @@ class GpuAttention(Case):
         if not self.begun:
             self.begun.append(time.monotonic())
         if self.seconds and time.monotonic() - self.begun[0] > self.seconds:
-            gone = {name: {"skipped": f"the {self.seconds:.0f} s of the case were over"} for name in names}
-            return [_row(row, settings, gone, {})]
+            return [skipped(row, settings, names, self.seconds)]
         release()
         with torch.no_grad():
             return [take_turns(self.problem(row, settings.device), row, names, settings, watch)]
@@ -102,6 +101,11 @@ class GpuAttention(Case):
             "int8": gpu_problems.int8,
         }
         return whole[str(form)](layer, n)
+
+
+def skipped(row: Row, settings: Settings, names: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Return a row for which no time was left."""
+    return _row(row, settings, {name: {"skipped": f"the {seconds:.0f} s of the case were over"} for name in names}, {})
 
 
 def take_turns(problem: Problem, row: Row, names: Sequence[str], settings: Settings, watch: Watch) -> dict[str, Any]:

@@ -43,6 +43,8 @@ LAUNCHES = {
     "eff::probe_scores_v1": "probe:score",
     "eff::int8_attention_v1": "int8:attend",
     "eff::int8_blocks_v1": "int8_blocks:attend",
+    "eff::kv_attention_token8_v1": "kv_packed:attend_token8",
+    "eff::kv_attention_grouped_v1": "kv_packed:attend_grouped",
 }
 """Give for each op the file and the function that launches its kernel."""
 

@@ -31,6 +31,7 @@ NAMES = {
     "dinov2",
     "dit",
     "gpu-attention",
+    "gpu-decode",
     "kv-decode",
     "linear-table",
     "minilm",

@@ -18,6 +18,13 @@ from effcompile.codegen.triton import flash as flash_kernel
 from effcompile.ops import block_scores, block_sparse, column_scores, flash, int8_attention, paged_decode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+OPAQUE = {
+    "eff::attention_blocks_v1",
+    "eff::int8_blocks_v1",
+    "eff::kv_attention_token8_v1",
+    "eff::kv_attention_grouped_v1",
+}
+"""Ops without a twin for compiled graphs."""
 SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -229,7 +236,7 @@ def calls():
     }
 
 
-@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - {"eff::attention_blocks_v1"}))
+@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - OPAQUE))
 def test_a_twin_compiled_into_a_graph_is_the_op(op):
     args = calls()[op]
     plain = getattr(torch.ops.eff, op.split("::")[1])
@@ -240,7 +247,7 @@ def test_a_twin_compiled_into_a_graph_is_the_op(op):
         torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - {"eff::attention_blocks_v1"}))
+@pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - OPAQUE))
 def test_an_op_can_be_captured_into_a_cuda_graph(op):
     args = calls()[op]
     plain = getattr(torch.ops.eff, op.split("::")[1])

@@ -22,7 +22,8 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, namespace), short).default
 
 
-OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1")
+CACHES = ("eff::kv_attention_token8_v1", "eff::kv_attention_grouped_v1")
+OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1", *CACHES)
 
 
 @pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - set(OPAQUE)))
