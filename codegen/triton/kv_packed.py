@@ -257,8 +257,10 @@ def attend_grouped(
     """Run `eff::kv_attention_grouped_v1` (see effcompile/ops/kv/grouped.py) with the kernels where they take it."""
     state = (k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros)
     if not _takes(q, k, v, mask):
-        rest_of = (k_recent, v_recent, length, packed, mask, causal, scale, softcap, bits)
-        return grouped.attend(q, k, v, *state, *rest_of, scored=False)[:2]
+        recent = (k_recent, v_recent)
+        return grouped.attend(
+            q, k, v, *state, *recent, length, packed, mask, causal, scale, softcap, bits, scored=False
+        )[:2]
     before = length - k.shape[2]
     done, capacity = torch.minimum(packed, before), v_scales.shape[3]
     span = v_recent.shape[3] // v_scales.shape[2]
