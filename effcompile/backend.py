@@ -20,7 +20,7 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program
+from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program, unprepared
 from effcompile.core.collector import paused
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
@@ -85,6 +85,8 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
     try:
         with paused(), report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
+            if module := unprepared(program):
+                report.looped(module, program.breaks[0].source)
             target = target_of(options, program.device)
             clock.lap("capture")
             compiled = compile_program(program, target, options, _dump(), _fuel())

@@ -33,6 +33,7 @@ from effcompile.lowering.lower import lower
 from effcompile.lowering.moe.lower import lower_experts
 from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
+from effcompile.passes.recognize.expert_loops import loop_behind
 from effcompile.passes.recognize.experts import RecognizedExperts, recognize_experts
 from effcompile.passes.recognize.kv_buffers import find_buffers
 from effcompile.passes.recognize.kv_cache import recognize_caches
@@ -162,6 +163,11 @@ def compile_program(
         experts.sites,
         experts.missed,
     )
+
+
+def unprepared(program: Program) -> str:
+    """Return the module whose loop over experts broke a graph, '' where none did."""
+    return loop_behind(program, _locate)
 
 
 def _locate(node: fx.Node) -> tuple[str, str]:

@@ -96,6 +96,15 @@ def failed(error: Exception) -> None:
     _LOG.notices.append(f"{type(error).__name__}: {error}")
 
 
+def looped(module: str, source: str) -> None:
+    """Count a graph that a loop over experts cut off, and say what mends it."""
+    _LOG.counters["loops over experts"] += 1
+    _LOG.notices.append(
+        f"EFF-M301 the experts of `{module}` run outside the graphs: their loop breaks the graph at {source or '?'}; "
+        "next: eff.prepare(model) before torch.compile"
+    )
+
+
 def stale(names: tuple[str, ...]) -> None:
     """Count a call whose mask buffer changed after compiling."""
     _LOG.counters["stale"] += 1

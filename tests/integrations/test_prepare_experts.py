@@ -130,3 +130,20 @@ def test_a_dry_run_names_an_unprepared_loop_and_what_mends_it() -> None:
 def test_an_unknown_dispatch_is_an_error_with_the_near_match() -> None:
     with pytest.raises(eff.EffError, match=r"EFF-U014.*batched"):
         eff.explain(mixtral(), IDS, use_cache=False, target="cpu", options={"moe": "batch"})
+
+
+@pytest.mark.slow
+def test_a_compiled_loop_over_experts_is_reported_with_what_mends_it() -> None:
+    model = qwen3()
+    model.set_experts_implementation("eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+        found = torch.compile(model, backend="eff", options={"emit": "interpreter"})(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    notices = [notice for notice in eff.report()["notices"] if "EFF-M301" in notice]
+    assert notices
+    assert "modeling_qwen3_moe.py" in notices[0], (
+        "the frame of the loop does not know its module's path: the line is told"
+    )
+    assert "eff.prepare(model)" in notices[0]
