@@ -1,6 +1,6 @@
 """Price the dispatches of experts: arithmetic at a share of the chip's rate, against the bytes that have to move.
 
-The shares are modelled but for `fused` and `loop`, which were read off measured blocks (bench/cases/moe.py). A decode step is
+All shares are modelled: no table of measured blocks is read yet (bench/cases/moe.py measures them). A decode step is
 bound by the weights of the distinct experts that its tokens hit: under even routing E (1 - (1 - k/E)^T) of them, an upper
 estimate.
 """
