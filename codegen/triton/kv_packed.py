@@ -195,7 +195,9 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
     if arch == launch.SMALL:
         return (Config((("BLOCK_N", n),), 1, 1),)
     stages = (3, 2, 4) if not arch.startswith("gfx") else (1, 2)
-    return tuple(Config((("BLOCK_N", n),), 4, count) for count in stages)
+    # Codes and what they become are wide: with 4 warps 128 channels spill.
+    warps = 8 if int(dict(shape.constants)["BD"] or 0) >= 128 and arch.startswith("sm_") else 4
+    return tuple(Config((("BLOCK_N", n),), warps, count) for count in stages)
 
 
 KERNELS = (Kernel("kv_packed", packed, forms, configs),)
@@ -257,10 +259,8 @@ def attend_grouped(
     """Run `eff::kv_attention_grouped_v1` (see effcompile/ops/kv/grouped.py) with the kernels where they take it."""
     state = (k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros)
     if not _takes(q, k, v, mask):
-        recent = (k_recent, v_recent)
-        return grouped.attend(
-            q, k, v, *state, *recent, length, packed, mask, causal, scale, softcap, bits, scored=False
-        )[:2]
+        rest_of: tuple[Any, ...] = (k_recent, v_recent, length, packed, mask, causal, scale, softcap, bits)
+        return grouped.attend(q, k, v, *state, *rest_of, scored=False)[:2]
     before = length - k.shape[2]
     done, capacity = torch.minimum(packed, before), v_scales.shape[3]
     span = v_recent.shape[3] // v_scales.shape[2]
