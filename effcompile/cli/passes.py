@@ -36,6 +36,7 @@ def passes(name: Name = None, user: given.PassList = None, as_json: given.AsJson
     for kind, title, columns in (
         ("pass", "Passes, in their order", ("name", "phase", "gradients", "summary")),
         ("kernel", "Attention kernels", ("name", "gradients", "summary")),
+        ("dispatch", "Dispatches of experts", ("name", "gradients", "summary")),
         ("policy", "Policies", ("name", "family", "exactness", "paper", "parameters", "summary")),
     ):
         found = [row for row in rows if row["kind"] == kind]
@@ -76,7 +77,7 @@ def catalog(options: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({"kind": "kernel", **_described(sparse), "gradients": False})
     for dispatch in all_dispatches():
         more = {"family": FAMILY, "exactness": "rounding", "gradients": False}
-        rows.append({"kind": "policy", **_described(dispatch), **more})
+        rows.append({"kind": "dispatch", **_described(dispatch), **more})
     for policy in all_methods():
         more = {"family": policy.family, "exactness": policy.exactness, "gradients": policy.differentiable}
         rows.append({"kind": "policy", **_described(policy()), **more})

@@ -243,7 +243,8 @@ def _closed(found: Match, graph: fx.Graph) -> None:
     if (
         not fits
         or wide != inner * (1 if found.gate.layout == "none" else 2)
-        or shape(found.weights) != shape(found.ids)
+        or len(shape(found.weights)) != len(shape(found.ids))
+        or not all(map(same_size, shape(found.weights), shape(found.ids)))
     ):
         raise Stop("EFF-M102", "the shapes of experts, ids and weights do not fit each other")
     if not parts.kinds_agree(found.x, first.weight, second.weight, first.bias, second.bias):

@@ -16,6 +16,7 @@ from torch import fx
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.program import Entry, Program
 from effcompile.core.site import CacheSite, Missed, Refusal
+from effcompile.passes.recognize.match import same_size
 
 Locate = Callable[[fx.Node], tuple[str, str]]
 CODE = "EFF-K208"
@@ -52,6 +53,8 @@ def find_buffers(program: Program, locate: Locate) -> Found:
     missed: list[Missed] = []
     for entry in program.entries:
         writes = _writes(entry)
+        if not writes:
+            continue
         for node in entry.graph.graph.nodes:
             if node.op != "call_function" or node.target is not torch.ops.eff.attention_v1.default:
                 continue
@@ -145,8 +148,11 @@ def _is_same(node: fx.Node) -> bool:
     name, before, after = node.target._schema.name, node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    alike = before.shape == after.shape and before.dtype == after.dtype
-    return alike and (name in _SAME or name in ("aten::slice", "aten::expand", "aten::to", "aten::_to_copy"))
+    if name not in _SAME and name not in ("aten::slice", "aten::expand", "aten::to", "aten::_to_copy"):
+        return False
+    # Not by `==`, which would hold a symbolic size to the value that it happens to have.
+    alike = before.dim() == after.dim() and all(map(same_size, before.shape, after.shape))
+    return alike and before.dtype == after.dtype
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from effcompile.cli import checks
 from effcompile.cli.checks import Check
-from effcompile.compiler import all_methods, all_passes, catalog
+from effcompile.compiler import all_dispatches, all_methods, all_passes, catalog
 from effcompile.core.options import Options
 from effcompile.targets import devices
 from tests.cli.command import run
@@ -95,10 +95,14 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     items = run(capsys, "passes", "--json").value["items"]
-    kinds = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("pass", "kernel", "policy")}
+    kinds = {
+        kind: [item["name"] for item in items if item["kind"] == kind]
+        for kind in ("pass", "kernel", "policy", "dispatch")
+    }
     assert kinds["pass"] == [item.name for item in all_passes(Options())]
     assert kinds["kernel"] == [item.name for item in (*catalog().exact, *catalog().sparse)]
     assert kinds["policy"] == [item.name for item in all_methods()]
+    assert kinds["dispatch"] == [item.name for item in all_dispatches()]
     assert run(capsys, "passes", "sink-window", "--json").value["items"][0]["parameters"][-1] == "sinks=4"
     assert all(item["summary"].endswith(".") for item in items)
     one = run(capsys, "passes", "wrong-activation", "--pass", "tests.cli.samples:WrongActivation", "--json").value

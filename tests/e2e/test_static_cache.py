@@ -69,7 +69,7 @@ def test_a_step_reads_the_filled_part_of_the_cache() -> None:
     """One graph for all steps. The counter is written in the graph: TorchInductor must not move the copy past that."""
     model = llama()
     run = torch.compile(model, backend="eff", options={"strict": True})
-    mine, other = static(model, 4096), static(model, 4096)
+    mine, other = static(model, 16384), static(model, 16384)  # from a capacity on that pays for the call
     for length in (5, 70):
         expected, counted = steps(model, model, other, length, 3)
         found, also = steps(model, run, mine, length, 3)
