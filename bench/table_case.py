@@ -90,7 +90,7 @@ def measure(
         "load": [round(value, 2) for value in load],
         "gemm_gflops": float(f"{gemm_rate / 1e9:.5g}"),
         "arms": {name: arms[name] for name in kernels},
-        "ratios": ratios(spreads, list(spreads)[:1], ()),
+        "ratios": ratios(spreads, list(spreads)[:1], [name for name in ("eff",) if name in spreads]),
     }
 
 
