@@ -1,7 +1,7 @@
 """Fetch the weights of each slot's expert and multiply in one batch: for a few tokens, where no host has to read counts.
 
-Peak memory grows by the fetched weights, S experts of them, so it is refused where that is much. No token may have an id outside
-[0, E): weights are fetched for it. `eff::moe_v1` says that such a slot contributes nothing; here its row is set to zero.
+Peak memory grows by the fetched weights, S experts of them, so it is refused where that is much. For an id outside [0, E) the
+weights of another expert are fetched and the row is set to zero, since `eff::moe_v1` says that such a slot contributes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target, element_bytes
 from effcompile.lowering.moe.price import price, tokens, weights
+from effcompile.lowering.moe.written import write_out
 from effcompile.ops.moe import gated
 
 SHARE = 0.05  # of the device's memory that fetched weights may take
@@ -40,17 +41,7 @@ class Batched(ExpertDispatch):
 
     def lower(self, node: fx.Node, site: MoESite, edit: Editor) -> fx.Node:
         """Write the products out."""
-        call = ExpertsCall.of(node)
-        operands = [call.x, call.ids, call.weights, call.w1, call.w2, *(b for b in (call.b1, call.b2) if b is not None)]
-        biased = call.b1 is not None, call.b2 is not None
-
-        def written(x: Tensor, ids: Tensor, share: Tensor, w1: Tensor, w2: Tensor, *biases: Tensor) -> Tensor:
-            given = list(biases)
-            b1 = given.pop(0) if biased[0] else None
-            b2 = given.pop(0) if biased[1] else None
-            return fetched(x, ids, share, w1, b1, w2, b2, call)
-
-        return edit.inline(written, *operands)
+        return write_out(node, edit, fetched)
 
 
 def fetched(

@@ -18,6 +18,7 @@ from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target
 from effcompile.lowering.moe.price import price
+from effcompile.lowering.moe.written import write_out
 from effcompile.ops.moe import gated
 
 
@@ -37,17 +38,7 @@ class Grouped(ExpertDispatch):
 
     def lower(self, node: fx.Node, site: MoESite, edit: Editor) -> fx.Node:
         """Write the sort and the products out."""
-        call = ExpertsCall.of(node)
-        operands = [call.x, call.ids, call.weights, call.w1, call.w2, *(b for b in (call.b1, call.b2) if b is not None)]
-        biased = call.b1 is not None, call.b2 is not None
-
-        def written(x: Tensor, ids: Tensor, share: Tensor, w1: Tensor, w2: Tensor, *biases: Tensor) -> Tensor:
-            given = list(biases)
-            b1 = given.pop(0) if biased[0] else None
-            b2 = given.pop(0) if biased[1] else None
-            return by_groups(x, ids, share, w1, b1, w2, b2, call)
-
-        return edit.inline(written, *operands)
+        return write_out(node, edit, by_groups)
 
 
 def by_groups(
