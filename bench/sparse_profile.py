@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -136,27 +137,45 @@ def pairs(
     blocks: tuple[int, int],
 ) -> tuple[int, int]:
     """Count the (query, key) pairs that a predicate and a map `[B|1, H', Qb, Kb]` keep, and those of the predicate alone."""
-    batch, heads, rows, columns = extents
-    predicate = from_json(keep)
-    group = heads // chosen.shape[1]
+    batch, heads = extents[:2]
     kept = allowed = 0
-    keys = torch.arange(columns)
-    for begin in range(0, rows, _ROWS):
-        query = torch.arange(begin, min(begin + _ROWS, rows))
-        axes = (
-            torch.arange(batch)[:, None, None, None],
-            torch.arange(heads)[None, :, None, None],
-            query[None, None, :, None],
-            keys[None, None, None, :],
-        )
-        inside = evaluate(predicate, axes, loads, sizes).expand(batch, heads, len(query), columns)
-        step = group if inside.stride(1) == 0 else 1  # heads of a group differ in nothing then
-        for b in range(batch):
-            for h in range(0, heads, step):
-                lines = chosen[b % chosen.shape[0], h // group][query[:, None] // blocks[0], keys[None, :] // blocks[1]]
-                allowed += step * int(inside[b, h].sum())
-                kept += step * int((inside[b, h] & lines).sum())
+    for begin in range(0, chosen.shape[2], step := max(1, _ROWS // blocks[0])):
+        # Sites of one model ask for the same counts, which take longer than the product with a site's map.
+        counted = _counts(keep, extents, tuple(loads or ()), tuple(sizes or ()), blocks, begin, begin + step)
+        allowed += int(counted.sum()) * (batch // counted.shape[0]) * (heads // counted.shape[1])
+        lines = chosen[:, :, begin : begin + step].repeat_interleave(heads // chosen.shape[1], 1)
+        kept += int((counted * lines).expand(batch, heads, -1, -1).sum())
     return kept, allowed
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(
+    keep: str,
+    extents: tuple[int, int, int, int],
+    loads: tuple[Tensor, ...],  # by identity
+    sizes: tuple[int, ...],
+    blocks: tuple[int, int],
+    begin: int,
+    end: int,
+) -> Tensor:
+    """Count what a predicate allows in each block of some rows of blocks: `[B|1, H|1, end - begin, Kb]`."""
+    batch, heads, rows, columns = extents
+    axes = (
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(heads)[None, :, None, None],
+        torch.arange(begin * blocks[0], min(end * blocks[0], rows))[None, None, :, None],
+        torch.arange(columns)[None, None, None, :],
+    )
+    inside = evaluate(from_json(keep), axes, loads, sizes)
+    inside = inside.expand(torch.broadcast_shapes(inside.shape, (1, 1, axes[2].numel(), columns)))
+    return _sum_blocks(_sum_blocks(inside, 3, blocks[1]), 2, blocks[0])
+
+
+def _sum_blocks(values: Tensor, dim: int, block: int) -> Tensor:
+    """Add up runs of `block` elements of one dimension, the last of which may be shorter."""
+    short = -values.shape[dim] % block
+    parts = F.pad(values.to(torch.int64), (0, 0) * (values.ndim - 1 - dim) + (0, short)).unflatten(dim, (-1, block))
+    return parts.sum(dim + 1)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, _: Any, loads: Any, sizes: Any, keep: str, *rest: Any) -> float:

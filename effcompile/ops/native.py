@@ -30,6 +30,8 @@ KERNELS = {
 }
 """The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
 _FILES = {
+    BLOCKS: ("tiles.h", "amx.h", "attention_blocks.cpp"),
+    SCORES: ("tiles.h", "amx.h", "block_scores.cpp"),
     CACHES: ("codes.h", "kv_products.h", "kv_forms.h", "kv_problem.h", "kv_attention.cpp", "kv_append.cpp"),
     EXPERTS: ("moe_tiles.h", "moe_rows.h", "moe.cpp"),
 }

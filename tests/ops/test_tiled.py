@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -97,6 +98,23 @@ def test_no_keys_and_no_rows() -> None:
     )
     q, k, v = qkv(1, (2, 1), (0, 4), (8, 8), torch.float32)
     assert tiled.attention_tiled(q, k, v, None, [], [], to_json(TRUE), "zero", 1.0).shape == (1, 2, 0, 8)
+
+
+def test_it_shares_matrix_registers_with_products_of_torch() -> None:
+    """Whoever sets the registers of AMX must leave them as the next one expects, on every thread."""
+    q, k, v = qkv(2, (4, 2), (160, 160), (64, 64), torch.bfloat16)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    ours = lambda: tiled.attention_tiled(q, k, v, None, [], [], to_json(CAUSAL.keep), "zero", 0.125)  # noqa: E731
+    others = [
+        lambda: F.linear(q, weight),
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        lambda: torch.bmm(q.flatten(0, 1), q.flatten(0, 1).mT),
+    ]
+    first, expected = ours(), [other() for other in others]
+    for _ in range(3):
+        for other, value in zip(others, expected, strict=True):
+            assert torch.equal(other(), value)
+            assert torch.equal(ours(), first)
 
 
 def test_a_later_key_does_not_change_an_earlier_row() -> None:

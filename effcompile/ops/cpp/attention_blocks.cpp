@@ -1,7 +1,8 @@
 // Attention over a block map on CPU. effcompile/ops/native.py compiles this once, with TorchInductor's flags, and calls it.
 //
 // One pass over the kept blocks of each block of queries, several at a time, with running maximum and sum. No result depends on the
-// number of threads. The products are those of tiles.h.
+// number of threads. The products are those of
+// tiles.h and amx.h.
 
 namespace {
 
@@ -69,9 +70,9 @@ int64_t chunk_of(const Problem& p) { return std::max<int64_t>(1, CHUNK / up(p.k_
 
 template <typename S, typename T>
 void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out, float* lse, int64_t b, int64_t h, int64_t qb,
-            Scratch& own) {
+            const TileRegisters& registers, Scratch& own) {
   const int64_t rows = std::min(p.q_block, p.rows - qb * p.q_block);
-  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), each = up(p.k_block, NR), deep = up(p.k_block, 2);
+  const int64_t depth = up(p.depth, STEP<T>), wide = up(p.width, NR), each = up(p.k_block, NR), deep = up(p.k_block, STEP<T>);
   const int64_t most = chunk_of(p), lds = most * each + W;
   T* queries = reinterpret_cast<T*>(own.queries.data());
   float *scores = own.scores.data(), *sums = own.sums.data();
@@ -82,7 +83,12 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
   int32_t* depths = own.depths.data();
   const S* from = q + b * p.q_stride[0] + h * p.q_stride[1] + qb * p.q_block * p.q_stride[2];
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < p.depth; ++k) queries[i * depth + k] = static_cast<T>(static_cast<float>(from[i * p.q_stride[2] + k]));
+    const S* row = from + i * p.q_stride[2];
+    if constexpr (std::is_same_v<S, T>) {
+      std::copy(row, row + p.depth, queries + i * depth);
+    } else {
+      for (int64_t k = 0; k < p.depth; ++k) queries[i * depth + k] = static_cast<T>(static_cast<float>(row[k]));
+    }
     for (int64_t k = p.depth; k < depth; ++k) queries[i * depth + k] = T(0);
   }
   std::fill(largest, largest + rows, NEG);
@@ -105,12 +111,12 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
       float* s = scores + m * each;
       for (int64_t j = 0; j < each; j += NR) {
         const T* key = keys + kb * depth * each + j * depth;
-        panel(rows, queries, depth, Pieces<T>{&key, &full, 1, 0}, s + j, lds, nullptr);
+        panel(registers, rows, queries, depth, Pieces<T>{&key, &full, 1, 0}, s + j, lds, nullptr);
       }
       if (!whole[kb]) mask_tile(p, b, h, qb, kb, rows, count, s, lds);
       if (count < each)
         for (int64_t i = 0; i < rows; ++i) std::fill(s + i * lds + count, s + i * lds + each, NEG);
-      depths[m] = static_cast<int32_t>(up(count, 2));
+      depths[m] = static_cast<int32_t>(up(count, STEP<T>));
     }
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * lds;
@@ -133,7 +139,7 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
     }
     for (int64_t j = 0; j < wide; j += NR) {
       for (int64_t m = 0; m < many; ++m) pieces[m] = values + list[m] * deep * wide + j * deep;
-      panel(rows, probs, lds, Pieces<T>{pieces, depths, many, each}, sums + j, wide, n ? alpha : nullptr);
+      panel(registers, rows, probs, lds, Pieces<T>{pieces, depths, many, each}, sums + j, wide, n ? alpha : nullptr);
     }
   }
   S* to = out + b * p.o_stride[0] + h * p.o_stride[1] + qb * p.q_block * p.o_stride[2];
@@ -169,11 +175,12 @@ template <typename S, typename T>
 void run(const Problem& p, const void* q_, const void* k_, const void* v_, void* out_, float* lse) {
   const S *q = static_cast<const S*>(q_), *k = static_cast<const S*>(k_), *v = static_cast<const S*>(v_);
   S* out = static_cast<S*>(out_);
-  const int64_t depth = up(p.depth, 2), wide = up(p.width, NR), group = p.heads / p.kv_heads, each = up(p.k_block, NR);
-  const int64_t key_block = depth * each, value_block = up(p.k_block, 2) * wide, lds = chunk_of(p) * each + W;
+  const int64_t depth = up(p.depth, STEP<T>), wide = up(p.width, NR), group = p.heads / p.kv_heads, each = up(p.k_block, NR);
+  const int64_t deep = up(p.k_block, STEP<T>), key_block = depth * each, value_block = deep * wide, lds = chunk_of(p) * each + W;
   std::vector<T> keys(p.k_blocks * key_block), values(p.k_blocks * value_block);
 #pragma omp parallel num_threads(p.threads)
   {
+    const TileRegisters registers(std::is_same_v<T, at::BFloat16> && p.q_block >= 16);
     Scratch own;
     own.scores.resize(p.q_block * lds);
     own.probs.resize(p.q_block * lds * sizeof(T));
@@ -193,14 +200,14 @@ void run(const Problem& p, const void* q_, const void* k_, const void* v_, void*
           const int64_t count = std::min(p.k_block, p.columns - n * p.k_block), at = n * p.k_block;
           pack_keys(k + b * p.k_stride[0] + g * p.k_stride[1] + at * p.k_stride[2], p.k_stride[2], count, p.depth, depth,
                     p.k_block, keys.data() + n * key_block);
-          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + at * p.v_stride[2], p.v_stride[2], count, p.width, p.k_block,
+          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + at * p.v_stride[2], p.v_stride[2], count, p.width, deep,
                       values.data() + n * value_block);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < group * p.q_blocks; ++n) {
           // Late queries read most keys under a causal mask: they go first, so that no long one is left for the end.
           const int64_t qb = p.q_blocks - 1 - n / group, h = g * group + n % group;
-          attend(p, q, keys.data(), values.data(), out, lse, b, h, qb, own);
+          attend(p, q, keys.data(), values.data(), out, lse, b, h, qb, registers, own);
         }
       }
     }

@@ -1,6 +1,6 @@
 // What selectors of blocks compute on CPU: the mass that antidiagonals see, and the choice of the fewest blocks that hold a share.
-// effcompile/ops/native.py compiles this once and calls it. The products are those of tiles.h; no result depends on the number of
-// threads.
+// effcompile/ops/native.py compiles this once and calls it. The products are those of tiles.h and amx.h; no result depends on
+// the number of threads.
 
 namespace {
 
@@ -14,7 +14,9 @@ struct Mass {
   float scale;          // of the sum along an antidiagonal
 };
 
-constexpr int LINES = 24;  // units of queries at a time, in whole blocks: they share the panels of keys
+// Units of queries at a time, in whole blocks: they share the panels of keys.
+template <typename T>
+constexpr int LINES = STEP<T> == 2 ? 24 : 32;
 
 // One unit of positions: `stride` vectors in a row, zeros past the end and where `pad` is 0; the last one first where `back`.
 template <typename S, typename T>
@@ -78,14 +80,15 @@ template <typename S, typename T>
 void antidiagonals(const Mass& p, const void* q_, const void* k_, float* out) {
   const S *q = static_cast<const S*>(q_), *k = static_cast<const S*>(k_);
   // An odd multiple of a cache line, so that the rows of a tile do not meet in one set of the cache.
-  const int64_t deep = up(p.stride * p.depth, 2), lda = deep + 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t deep = up(p.stride * p.depth, STEP<T>), lda = deep + 64 / static_cast<int64_t>(sizeof(T));
   const int64_t panels = (p.k_units + NR - 1) / NR, lds = panels * NR, group = p.heads / p.kv_heads;
-  const int64_t per = p.q_block / p.stride, many = std::max<int64_t>(1, LINES / per), tasks = (p.q_blocks + many - 1) / many;
+  const int64_t per = p.q_block / p.stride, many = std::max<int64_t>(1, LINES<T> / per), tasks = (p.q_blocks + many - 1) / many;
   const int32_t full = static_cast<int32_t>(deep);
   std::unique_ptr<T[]> keys(new T[panels * NR * deep]);  // not filled: every panel is written before it is read
   std::fill(out, out + p.batch * p.heads * p.q_blocks * p.k_blocks, 0.f);
 #pragma omp parallel num_threads(p.threads)
   {
+    const TileRegisters registers(std::is_same_v<T, at::BFloat16>);
     std::vector<T> lines(NR * deep), queries(many * per * lda);
     std::vector<float> scores(many * per * lds);
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -117,7 +120,7 @@ void antidiagonals(const Mass& p, const void* q_, const void* k_, float* out) {
           }
           for (int64_t j = 0; j < end; j += NR) {
             const T* key = keys.get() + (j / NR) * NR * deep;
-            panel(rows, queries.data(), lda, Pieces<T>{&key, &full, 1, 0}, scores.data() + j, lds, nullptr);
+            panel(registers, rows, queries.data(), lda, Pieces<T>{&key, &full, 1, 0}, scores.data() + j, lds, nullptr);
           }
           float* lines_of = out + ((b * p.heads + h) * p.q_blocks + first) * p.k_blocks;
           for (int64_t i = 0; i < rows; ++i)

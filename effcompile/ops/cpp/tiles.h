@@ -116,20 +116,39 @@ void pack_keys(const S* source, int64_t stride, int64_t count, int64_t width, in
     T* to = out + place(T(0), depth, 0, n);
     const S* from = source + n * stride;
     const int64_t many = std::min<int64_t>(NR, count - n);
-    for (int64_t k = 0; k < width; ++k) {
+    int64_t k = 0;
+    if constexpr (pairs && std::is_same_v<S, T>) {
+      for (; k + 2 <= width; k += 2)  // two neighbors at a time
+        for (int64_t i = 0; i < many; ++i) std::memcpy(to + k * NR + 2 * i, from + i * stride + k, 2 * sizeof(T));
+    }
+    for (; k < width; ++k) {
       T* line = to + (pairs ? (k / 2) * 2 * NR + k % 2 : k * NR);
       for (int64_t i = 0; i < many; ++i) line[pairs ? 2 * i : i] = static_cast<T>(static_cast<float>(from[i * stride + k]));
     }
   }
 }
 
-// Columns of the panel are the components of a value.
+// Columns of the panel are the components of a value; a panel is `depth` deep, at least the block.
 template <typename S, typename T>
-void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, int64_t block, T* out) {
+void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, int64_t depth, T* out) {
   constexpr int step = std::is_same_v<T, at::BFloat16> ? 2 : 1;
-  const int64_t wide = up(width, NR), depth = up(block, 2);
+  const int64_t wide = up(width, NR);
   if (count < depth || width < wide) std::fill(out, out + wide * depth, T(0));
-  for (int64_t k = 0; k < count; ++k) {
+  int64_t k = 0;
+  if constexpr (step == 2 && std::is_same_v<S, T>) {
+    for (; k + 2 <= count; k += 2) {
+      const T *even = source + k * stride, *odd = even + stride;
+      for (int64_t n = 0; n < width; n += NR) {
+        T* to = out + place(T(0), depth, k, n);
+        const int64_t many = std::min<int64_t>(NR, width - n);
+        for (int64_t i = 0; i < many; ++i) {
+          to[2 * i] = even[n + i];
+          to[2 * i + 1] = odd[n + i];
+        }
+      }
+    }
+  }
+  for (; k < count; ++k) {
     const S* row = source + k * stride;
     for (int64_t n = 0; n < width; n += NR) {
       T* to = out + place(T(0), depth, k, n);
