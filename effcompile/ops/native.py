@@ -30,10 +30,10 @@ KERNELS = {
 }
 """The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
 _FILES = {
-    BLOCKS: ("tiles.h", "amx.h", "attention_blocks.cpp"),
-    SCORES: ("tiles.h", "amx.h", "block_scores.cpp"),
+    BLOCKS: ("tiles.h", "amx.h", "tiles_amx.h", "attention_blocks.cpp"),
+    SCORES: ("tiles.h", "amx.h", "tiles_amx.h", "block_scores.cpp"),
     CACHES: ("codes.h", "kv_products.h", "kv_forms.h", "kv_problem.h", "kv_attention.cpp", "kv_append.cpp"),
-    EXPERTS: ("moe_tiles.h", "moe_rows.h", "moe.cpp"),
+    EXPERTS: ("amx.h", "moe_tiles.h", "moe_pairs.h", "moe_rows.h", "moe.cpp"),
 }
 """The files of a source in `cpp/` behind `registers.h`, where they are not `tiles.h` and one of its own name."""
 _LOCK = threading.Lock()

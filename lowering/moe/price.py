@@ -47,9 +47,7 @@ def price(name: str, site: MoESite, target: Target) -> Supported:
     kinds = {"dense": float(site.experts), "batched": float(slots)}
     moved = kinds.get(name, distinct(site)) * weights(site) * wide * _TRAFFIC[name]
     moved += _ROWS[name] * rows * (site.hidden + site.inner) * wide
-    # The fused kernel of the CPU reads weights of any type and multiplies in float32.
-    narrow = device.supports(site.dtype) and not (name == "fused" and device.kind == "cpu")
-    peak = device.peak(site.dtype if narrow else "float32")
+    peak = device.peak(site.dtype if device.supports(site.dtype) else "float32")
     compute = 2.0 * rows * weights(site) / (peak * SHARES[name])
     calls = 12.0 * distinct(site) if name == "loop" else _CALLS[name]
     return Supported(max(compute, moved / device.memory_bandwidth) + calls * device.call_overhead)

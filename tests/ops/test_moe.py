@@ -68,8 +68,12 @@ def test_every_body_is_the_double_loop(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_narrow_dtypes_lose_no_more_than_eager(dtype: torch.dtype, transposed: bool) -> None:
-    made = support.make(90, 32, 40, 4, 2, OSS, bias=True, transposed=transposed).to(dtype)
+@pytest.mark.parametrize(("hidden", "inner", "experts"), [(32, 40, 4), (64, 96, 4), (96, 160, 1), (64, 224, 9)])
+@pytest.mark.parametrize("gate", [Gate(), OSS], ids=["halves", "pairs"])
+def test_narrow_dtypes_lose_no_more_than_eager(
+    dtype: torch.dtype, transposed: bool, hidden: int, inner: int, experts: int, gate: Gate
+) -> None:
+    made = support.make(90, hidden, inner, experts, min(2, experts), gate, bias=True, transposed=transposed).to(dtype)
     exact = support.oracle(made)
     eager = support.error(moe.composed(*made.args), exact)
     assert support.error(torch.ops.eff.moe_v1(*made.args), exact) <= max(eager, 4e-3)

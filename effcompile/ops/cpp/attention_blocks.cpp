@@ -2,7 +2,7 @@
 //
 // One pass over the kept blocks of each block of queries, several at a time, with running maximum and sum. No result depends on the
 // number of threads. The products are those of
-// tiles.h and amx.h.
+// tiles.h and tiles_amx.h.
 
 namespace {
 

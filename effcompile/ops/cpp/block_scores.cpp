@@ -1,5 +1,5 @@
 // What selectors of blocks compute on CPU: the mass that antidiagonals see, and the choice of the fewest blocks that hold a share.
-// effcompile/ops/native.py compiles this once and calls it. The products are those of tiles.h and amx.h; no result depends on
+// effcompile/ops/native.py compiles this once and calls it. The products are those of tiles.h and tiles_amx.h; no result depends on
 // the number of threads.
 
 namespace {

@@ -4,7 +4,8 @@
 //   1. inner = gate(W1 x + b1), by (expert, some of its tokens, some of its inner rows), whichever thread is free;
 //   2. y[t] += weight * (W2 inner + b2), every thread for columns of y of its own, so that no two threads write to one number.
 // Tokens lie side by side in a register: a panel [depth][PANEL] of tokens is multiplied by rows of weights as the model has them, and
-// what the first product leaves is a panel again, which the second one reads. An expert of a few tokens multiplies row by row instead,
+// what the first product leaves is a panel again, which the second one reads. Panels are of float, or of pairs of bfloat16 where the
+// processor multiplies such: then what lies between the products is rounded, as torch rounds it. An expert of a few tokens multiplies row by row instead,
 // and reads its weights once. Sums are in float32, of a token in the order of its experts, whatever the number of threads.
 
 namespace {
@@ -28,18 +29,28 @@ struct Task {
   int64_t group, begin, count, low, high;  // tokens [begin, begin + count) of the group, inner rows [low, high)
 };
 
-template <typename T>
-void gather_rows(const Problem& p, const T* x, const int64_t* slots, int64_t count, float* out) {
+template <typename T, typename P>
+void gather_rows(const Problem& p, const T* x, const int64_t* slots, int64_t count, P* out) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t slot = slots[i];
-    widen(x + slot / p.top_k * p.hidden, p.hidden, out + i * p.hidden);
-    if (p.weigh_input) scale(out + i * p.hidden, p.hidden, p.share[slot]);
+    const T* from = x + slot / p.top_k * p.hidden;
+    P* to = out + i * p.hidden;
+    if constexpr (std::is_same_v<P, float>) {
+      widen(from, p.hidden, to);
+      if (p.weigh_input) scale(to, p.hidden, p.share[slot]);
+    } else {
+      if (!p.weigh_input) {
+        std::copy(from, from + p.hidden, to);
+      } else {
+        for (int64_t k = 0; k < p.hidden; ++k) to[k] = static_cast<P>(static_cast<float>(from[k]) * p.share[slot]);
+      }
+    }
   }
 }
 
-template <typename T>
+template <typename P, typename T>
 void first_sweep(const Problem& p, const T* x, const T* w1, const T* b1, const Group& group, const Task& task, const int64_t* slots,
-                 float* inner, Scratch& own) {
+                 float* inner, const TileRegisters& registers, Scratch& own) {
   const Weights<T> weights{w1 + group.expert * p.first.whole, b1 ? b1 + group.expert * p.first.outputs : nullptr, p.first};
   if (group.rows) {
     float* rows = own.rows(task.count * p.hidden);
@@ -48,21 +59,21 @@ void first_sweep(const Problem& p, const T* x, const T* w1, const T* b1, const G
     return;
   }
   const int64_t panels = (task.count + PANEL - 1) / PANEL;
-  float* packed = own.rows((panels + 1) * PANEL * p.hidden);
+  P* packed = reinterpret_cast<P*>(own.rows((panels + 1) * PANEL * p.hidden));
   for (int64_t n = 0; n < panels; ++n) {
     const int64_t from = task.begin + n * PANEL, many = std::min(PANEL, task.begin + task.count - from);
-    float* rows = packed + panels * PANEL * p.hidden;
+    P* rows = packed + panels * PANEL * p.hidden;
     gather_rows(p, x, slots + group.begin + from, many, rows);
     turn(rows, p.hidden, many, p.hidden, packed + n * PANEL * p.hidden);
   }
   const int64_t first_panel = task.begin / PANEL;
-  many_first(weights, p.gate, p.inner, packed, p.hidden, task.count, task.low, task.high,
-             inner + group.at + first_panel * PANEL * p.inner, own);
+  many_first<P>(weights, p.gate, p.inner, packed, p.hidden, task.count, task.low, task.high,
+                reinterpret_cast<P*>(inner + group.at) + first_panel * PANEL * p.inner, registers, own);
 }
 
-template <typename T>
+template <typename P, typename T>
 void second_sweep(const Problem& p, const T* w2, const T* b2, const Group& group, const int64_t* slots, const float* inner, float* y,
-                  int64_t low, int64_t high, Scratch& own) {
+                  int64_t low, int64_t high, const TileRegisters& registers, Scratch& own) {
   const Weights<T> weights{w2 + group.expert * p.second.whole, b2 ? b2 + group.expert * p.hidden : nullptr, p.second};
   if (group.rows) {
     few_second(weights, inner + group.at, p.inner, group.count, low, high, own, [&](int64_t i, int64_t h, float value) {
@@ -71,13 +82,15 @@ void second_sweep(const Problem& p, const T* w2, const T* b2, const Group& group
     });
     return;
   }
-  many_second(weights, inner + group.at, p.inner, group.count, low, high, own, [&](int64_t i, int64_t h, const float* values, int64_t many) {
+  auto take = [&](int64_t i, int64_t h, const float* values, int64_t many) {
     const int64_t slot = slots[group.begin + i];
     accumulate(y + slot / p.top_k * p.hidden + h, values, many, p.weigh_input ? 1.f : p.share[slot]);
-  });
+  };
+  many_second<P>(weights, reinterpret_cast<const P*>(inner + group.at), p.inner, group.count, low, high, registers, own, take);
 }
 
-template <typename T>
+// P: what panels are made of.
+template <typename P, typename T>
 void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, const T* b2, T* out) {
   const int64_t slots = p.tokens * p.top_k;
   std::vector<int64_t> count(p.experts + 1), order(slots);
@@ -115,17 +128,18 @@ void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, co
   float* y = direct ? reinterpret_cast<float*>(out) : sums.get();
 #pragma omp parallel num_threads(p.threads)
   {
+    const TileRegisters registers(PAIRS<P>);
     Scratch own;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < static_cast<int64_t>(tasks.size()); ++n)
-      first_sweep(p, x, w1, b1, groups[tasks[n].group], tasks[n], order.data(), inner.get(), own);
+      first_sweep<P>(p, x, w1, b1, groups[tasks[n].group], tasks[n], order.data(), inner.get(), registers, own);
 #pragma omp for schedule(static, 1)
     for (int64_t part = 0; part < p.threads; ++part) {
       const int64_t low = p.hidden * part / p.threads / 16 * 16;
       const int64_t high = part + 1 == p.threads ? p.hidden : p.hidden * (part + 1) / p.threads / 16 * 16;
       if (low == high) continue;
       for (int64_t t = 0; t < p.tokens; ++t) std::fill(y + t * p.hidden + low, y + t * p.hidden + high, 0.f);
-      for (const Group& group : groups) second_sweep(p, w2, b2, group, order.data(), inner.get(), y, low, high, own);
+      for (const Group& group : groups) second_sweep<P>(p, w2, b2, group, order.data(), inner.get(), y, low, high, registers, own);
       if constexpr (!direct)
         for (int64_t t = 0; t < p.tokens; ++t) narrow(y + t * p.hidden + low, high - low, out + t * p.hidden + low);
     }
@@ -134,8 +148,13 @@ void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, co
 
 template <typename T>
 void start(const Problem& p, const void* const* given) {
-  run(p, static_cast<const T*>(given[0]), static_cast<const T*>(given[3]), static_cast<const T*>(given[4]),
-      static_cast<const T*>(given[5]), static_cast<const T*>(given[6]), static_cast<T*>(const_cast<void*>(given[7])));
+  const T *x = static_cast<const T*>(given[0]), *w1 = static_cast<const T*>(given[3]), *b1 = static_cast<const T*>(given[4]),
+          *w2 = static_cast<const T*>(given[5]), *b2 = static_cast<const T*>(given[6]);
+  T* out = static_cast<T*>(const_cast<void*>(given[7]));
+  if constexpr (PAIRS<T>) {
+    if (p.hidden % 32 == 0 && p.inner % 32 == 0) return run<T>(p, x, w1, b1, w2, b2, out);
+  }
+  run<float>(p, x, w1, b1, w2, b2, out);
 }
 
 }  // namespace

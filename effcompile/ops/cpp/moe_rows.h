@@ -7,37 +7,41 @@ inline int64_t place(const Gate& gate, int64_t inner, int64_t i, int which) {
   return gate.layout == 2 ? 2 * i + which : which * inner + i;
 }
 
-// Point at rows of weights as contiguous floats: the model's own where they are, else copies. `which` names outputs.
-template <typename T>
-void ready(const Weights<T>& weights, const int64_t* which, int64_t count, const float** rows, float* space) {
+// Point at rows of weights as contiguous numbers: the model's own where they are, else copies. `which` names outputs.
+template <typename T, typename P>
+void ready(const Weights<T>& weights, const int64_t* which, int64_t count, const P** rows, P* space) {
   const Shape& shape = weights.shape;
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, P>) {
     if (!shape.transposed) {
       for (int64_t i = 0; i < count; ++i) rows[i] = weights.data + which[i] * shape.stride;
       return;
     }
   }
   for (int64_t i = 0; i < count; ++i) rows[i] = space + i * shape.depth;
-  if (!shape.transposed) {
-    for (int64_t i = 0; i < count; ++i) widen(weights.data + which[i] * shape.stride, shape.depth, space + i * shape.depth);
-    return;
+  if constexpr (std::is_same_v<P, float>) {
+    if (!shape.transposed) {
+      for (int64_t i = 0; i < count; ++i) widen(weights.data + which[i] * shape.stride, shape.depth, space + i * shape.depth);
+      return;
+    }
   }
   // Columns of a transposed weight; neighbors are read together where `which` counts up.
   for (int64_t i = 0; i < count;) {
     int64_t run = 1;
     while (i + run < count && which[i + run] == which[i] + run && run < W) ++run;
     const T* from = weights.data + which[i];
-    float* to = space + i * shape.depth;
+    P* to = space + i * shape.depth;
     int64_t k = 0;
-    if (run == W) {
-      float held[W * W];
-      for (; k + W <= shape.depth; k += W) {
-        for (int j = 0; j < W; ++j) store(held + j * W, wide(from + (k + j) * shape.stride));
-        turn_block(held, W, to + k, shape.depth);
+    if constexpr (std::is_same_v<P, float>) {
+      if (run == W) {
+        float held[W * W];
+        for (; k + W <= shape.depth; k += W) {
+          for (int j = 0; j < W; ++j) store(held + j * W, wide(from + (k + j) * shape.stride));
+          turn_block(held, W, to + k, shape.depth);
+        }
       }
     }
     for (; k < shape.depth; ++k)
-      for (int64_t j = 0; j < run; ++j) to[j * shape.depth + k] = static_cast<float>(from[k * shape.stride + j]);
+      for (int64_t j = 0; j < run; ++j) to[j * shape.depth + k] = static_cast<P>(from[k * shape.stride + j]);
     i += run;
   }
 }
@@ -49,19 +53,32 @@ inline float bias_of(const Weights<T>& weights, int64_t output) {
 
 // --- many tokens -----------------------------------------------------------------------------------------------------------
 
-// inner[panel][i][PANEL] = gate(W1 x + b1) for inner rows [low, high) of `tokens` tokens in panels.
-template <typename T>
-void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, const float* panels, int64_t depth, int64_t tokens,
-                int64_t low, int64_t high, float* out, Scratch& own) {
+// The inner numbers i and, of pairs, i + 1, of W tokens, into their panel.
+template <typename P, typename F>
+inline void put(F value, int64_t i, int64_t n, P* panel) {
+  if constexpr (PAIRS<P>) {
+#if EFF_DOT_BF16
+    store_pair(value(0), value(1), panel + (i / 2) * 2 * PANEL + 2 * n);
+#endif
+  } else {
+    value(0).store(panel + i * PANEL + n);
+  }
+}
+
+// inner[panel][i][PANEL] = gate(W1 x + b1) for inner rows [low, high) of `tokens` tokens in panels; of pairs low and high are even.
+template <typename P, typename T>
+void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, const P* panels, int64_t depth, int64_t tokens, int64_t low,
+                int64_t high, P* out, const TileRegisters& registers, Scratch& own) {
+  constexpr int64_t most = AT_ONCE<P>, together = PAIRS<P> ? 2 : 1;
   const bool halves = gate.layout != 0;
-  const int64_t step = halves ? BLOCK / 2 : BLOCK;
-  const bool copied = !std::is_same_v<T, float> || weights.shape.transposed;
-  float* space = own.weights(copied ? BLOCK * depth : 0);
-  float* c = own.tile(BLOCK * PANEL);
+  const int64_t step = halves ? most / 2 : most;
+  const bool copied = !std::is_same_v<T, P> || weights.shape.transposed;
+  P* space = reinterpret_cast<P*>(own.weights(copied ? most * depth : 0));
+  float* c = own.tile(most * PANEL);
   for (int64_t i = low; i < high; i += step) {
     const int64_t many = std::min(step, high - i);
-    int64_t which[BLOCK];
-    const float *rows[BLOCK], *ordered[BLOCK];
+    int64_t which[most];
+    const P *rows[most], *ordered[most];
     // Where they lie next to each other they are read so; the tile takes all gates first.
     const bool pairs = gate.layout == 2;
     for (int64_t j = 0; j < many; ++j) {
@@ -76,14 +93,16 @@ void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, cons
     }
     for (int64_t begin = 0; begin < tokens; begin += PANEL) {
       const int64_t here = std::min(PANEL, tokens - begin);
-      multiply(here, all, ordered, depth, panels + begin * depth, c);
-      for (int64_t j = 0; j < many; ++j) {
-        const float bg = bias_of(weights, place(gate, inner, i + j, 0)), bu = halves ? bias_of(weights, place(gate, inner, i + j, 1)) : 0.f;
-        float* to = out + begin * inner + (i + j) * PANEL;
+      multiply(registers, here, all, ordered, depth, panels + begin * depth, c);
+      for (int64_t j = 0; j < many; j += together) {
         for (int64_t n = 0; n < here; n += W) {
-          const Vec g = Vec::loadu(c + j * PANEL + n) + Vec(bg);
-          const Vec u = halves ? Vec::loadu(c + (many + j) * PANEL + n) + Vec(bu) : g;
-          combined(gate, g, u).store(to + n);
+          auto value = [&](int64_t more) {
+            const int64_t at = j + more;
+            const Vec g = Vec::loadu(c + at * PANEL + n) + Vec(bias_of(weights, place(gate, inner, i + at, 0)));
+            const Vec u = halves ? Vec::loadu(c + (many + at) * PANEL + n) + Vec(bias_of(weights, place(gate, inner, i + at, 1))) : g;
+            return combined(gate, g, u);
+          };
+          put(value, i + j, n, out + begin * inner);
         }
       }
     }
@@ -91,30 +110,31 @@ void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, cons
 }
 
 // take(token, first output, values, count) gets W2 inner + b2 for outputs [low, high).
-template <typename T, typename F>
-void many_second(const Weights<T>& weights, const float* panels, int64_t depth, int64_t tokens, int64_t low, int64_t high, Scratch& own,
-                 F take) {
-  const bool copied = !std::is_same_v<T, float> || weights.shape.transposed;
-  float* space = own.weights(copied ? BLOCK * depth : 0);
-  float* c = own.tile((BLOCK + W) * PANEL + PANEL * BLOCK);
-  float* turned = c + (BLOCK + W) * PANEL;
-  for (int64_t h = low; h < high; h += BLOCK) {
-    const int64_t many = std::min(BLOCK, high - h);
-    int64_t which[BLOCK];
-    const float* rows[BLOCK];
+template <typename P, typename T, typename F>
+void many_second(const Weights<T>& weights, const P* panels, int64_t depth, int64_t tokens, int64_t low, int64_t high,
+                 const TileRegisters& registers, Scratch& own, F take) {
+  constexpr int64_t most = AT_ONCE<P>;
+  const bool copied = !std::is_same_v<T, P> || weights.shape.transposed;
+  P* space = reinterpret_cast<P*>(own.weights(copied ? most * depth : 0));
+  float* c = own.tile((most + W) * PANEL + PANEL * most);
+  float* turned = c + (most + W) * PANEL;
+  for (int64_t h = low; h < high; h += most) {
+    const int64_t many = std::min(most, high - h);
+    int64_t which[most];
+    const P* rows[most];
     for (int64_t j = 0; j < many; ++j) which[j] = h + j;
     ready(weights, which, many, rows, space);
     for (int64_t begin = 0; begin < tokens; begin += PANEL) {
       const int64_t here = std::min(PANEL, tokens - begin);
-      multiply(here, many, rows, depth, panels + begin * depth, c);
+      multiply(registers, here, many, rows, depth, panels + begin * depth, c);
       if (weights.bias)
         for (int64_t j = 0; j < many; ++j) {
           const Reg b = every(bias_of(weights, h + j));
           for (int64_t n = 0; n < here; n += W) store(c + j * PANEL + n, add(load(c + j * PANEL + n), b));
         }
       for (int64_t j = 0; j < many; j += W)
-        for (int64_t n = 0; n < here; n += W) turn_block(c + j * PANEL + n, PANEL, turned + n * BLOCK + j, BLOCK);
-      for (int64_t i = 0; i < here; ++i) take(begin + i, h, turned + i * BLOCK, many);
+        for (int64_t n = 0; n < here; n += W) turn_block(c + j * PANEL + n, PANEL, turned + n * most + j, most);
+      for (int64_t i = 0; i < here; ++i) take(begin + i, h, turned + i * most, many);
     }
   }
 }

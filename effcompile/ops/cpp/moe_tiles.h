@@ -174,30 +174,36 @@ inline void tile(const float* const* rows, int64_t depth, const float* panel, fl
     for (int n = 0; n < N; ++n) store(c + i * PANEL + n * W, sum[i][n]);
 }
 
+#if EFF_DOT_BF16
 template <int R, int N>
-inline void tile_edge(int64_t left, const float* const* rows, int64_t depth, const float* panel, float* c) {
+void tile(const at::BFloat16* const* rows, int64_t depth, const at::BFloat16* panel, float* c);  // in moe_pairs.h
+#endif
+
+template <int R, int N, typename P>
+inline void tile_edge(int64_t left, const P* const* rows, int64_t depth, const P* panel, float* c) {
   if (left == R) {
     tile<R, N>(rows, depth, panel, c);
   } else if constexpr (R > 1) {
-    tile_edge<R - 1, N>(left, rows, depth, panel, c);
+    tile_edge<R - 1, N, P>(left, rows, depth, panel, c);
   }
 }
 
-template <int N>
-void tiles(int64_t count, const float* const* rows, int64_t depth, const float* panel, float* c) {
+template <int N, typename P>
+void tiles(int64_t count, const P* const* rows, int64_t depth, const P* panel, float* c) {
   constexpr int R = rows_of(N);
   int64_t i = 0;
   for (; i + R <= count; i += R) tile<R, N>(rows + i, depth, panel, c + i * PANEL);
-  if (i < count) tile_edge<R, N>(count - i, rows + i, depth, panel, c + i * PANEL);
+  if (i < count) tile_edge<R, N, P>(count - i, rows + i, depth, panel, c + i * PANEL);
 }
 
 // c[count][PANEL] of a panel that holds `tokens` tokens.
-inline void multiply(int64_t tokens, int64_t count, const float* const* rows, int64_t depth, const float* panel, float* c) {
+template <typename P>
+void multiply(int64_t tokens, int64_t count, const P* const* rows, int64_t depth, const P* panel, float* c) {
   const int64_t registers = (tokens + W - 1) / W;
-  if (registers == 1) return tiles<1>(count, rows, depth, panel, c);
-  if (registers == 2 || VECTORS == 2) return tiles<2>(count, rows, depth, panel, c);
-  if (registers == 3) return tiles<VECTORS == 4 ? 3 : 2>(count, rows, depth, panel, c);
-  tiles<VECTORS>(count, rows, depth, panel, c);
+  if (registers == 1) return tiles<1, P>(count, rows, depth, panel, c);
+  if (registers == 2 || VECTORS == 2) return tiles<2, P>(count, rows, depth, panel, c);
+  if (registers == 3) return tiles<(VECTORS == 4 ? 3 : 2), P>(count, rows, depth, panel, c);
+  tiles<VECTORS, P>(count, rows, depth, panel, c);
 }
 
 }  // namespace

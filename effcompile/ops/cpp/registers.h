@@ -14,6 +14,13 @@
 #include <type_traits>
 #include <vector>
 
+// Dot products of pairs of bfloat16.
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+#define EFF_DOT_BF16 1
+#else
+#define EFF_DOT_BF16 0
+#endif
+
 namespace {
 
 using Vec = at::vec::Vectorized<float>;

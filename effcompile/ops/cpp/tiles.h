@@ -3,12 +3,6 @@
 // The right factor is packed into panels of NR columns, so that a tile of MR x NR results stays in registers; products of bfloat16
 // run on dot-product instructions where the processor has them, else in float.
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-#define EFF_DOT_BF16 1
-#else
-#define EFF_DOT_BF16 0
-#endif
-
 namespace {
 
 constexpr int NR = 2 * W;
