@@ -91,9 +91,9 @@ def compile_program(
     """Rewrite and lower a captured program for a target; the caller emits it."""
     ops.register()
     clock, tank = _Clock(), _Fuel(fuel)
-    passes, kernels = all_passes(options), catalog()
+    passes, kernels = all_passes(options), catalog(target)
     dump.program("captured", program)
-    early = [item for item in _phase(passes, "captured") if item.name not in options.disable]
+    early = [item for item in _phase(passes, "captured") if _refusal(item, options, False, target) is None]
     program = _run(early, program, Plan.single(str(target)), dump, tank)
     found = recognize_attention(program, _locate)
     program = verify(program, found.program, "recognize")
@@ -185,7 +185,7 @@ def _plan(
 ) -> Plan:
     training = program.requires_grad
     choices = [
-        PassChoice(p.name, _refusal(p, options, training), asked=p in options.passes)
+        PassChoice(p.name, _refusal(p, options, training, target), asked=p in options.passes)
         for p in passes
         if p.phase != "captured"
     ]
@@ -196,7 +196,7 @@ def _plan(
     insist = frozenset(family for family, _ in options.require)
     given = Circumstances(target, kernels, training, sizes, others, insist)
     asked = asked_policies(options)
-    dispatches = all_dispatches()
+    dispatches = tuple(item for item in all_dispatches() if item.portable or not target.portable)
     if options.plan is None:
         plan = make_plan(found.sites, found.missed, given, choices, policies=asked)
         dispatch = asked_dispatch(options)
@@ -208,9 +208,11 @@ def _plan(
     return planning_experts.replay_experts(part, experts.sites, target, dispatches)
 
 
-def _refusal(item: Pass, options: Options, training: bool) -> Refusal | None:
+def _refusal(item: Pass, options: Options, training: bool, target: Target) -> Refusal | None:
     if item.name in options.disable:
         return Refusal("EFF-U010", "disabled by the user")
+    if target.portable and not item.portable:
+        return Refusal("EFF-A215", f"{target.backend} does not hold what it inserts")
     if training and not item.differentiable:
         return Refusal("EFF-A301", "no gradient flows through what it inserts", "run inference under torch.no_grad()")
     return None
@@ -243,10 +245,12 @@ def _phase(passes: Sequence[Pass], phase: str) -> list[Pass]:
     return [item for item in passes if item.phase == phase]
 
 
-def catalog() -> Kernels:
-    """Return every kernel: those of raised attention, and those of the ops that policies insert."""
+def catalog(target: Target | None = None) -> Kernels:
+    """Return every kernel, of raised attention and of the ops that policies insert; for a portable target those that it can hold."""
+    exact = tuple(kernel for kernel in all_kernels() if kernel.portable or target is None or not target.portable)
     found = discover.classes(SparseKernel, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
-    return Kernels(all_kernels(), tuple(cls() for cls in found), price_choice)
+    sparse = () if target is not None and target.portable else tuple(cls() for cls in found)
+    return Kernels(exact, sparse, price_choice)
 
 
 def all_policies() -> tuple[type[Policy], ...]:

@@ -26,6 +26,7 @@ class RemoveIdentities(Pass):
 
     name: ClassVar[str] = "remove-identities"
     phase: ClassVar[str] = "captured"
+    portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
     def run(self, program: Program, plan: Plan) -> PassResult:

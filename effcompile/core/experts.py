@@ -83,6 +83,8 @@ class ExpertDispatch(ABC):
     """
 
     name: ClassVar[str]
+    portable: ClassVar[bool] = False
+    """Whether what it inserts is standard operators alone."""
 
     @abstractmethod
     def supports(self, site: MoESite, target: Target) -> Answer:

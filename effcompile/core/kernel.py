@@ -39,6 +39,8 @@ class AttentionKernel(ABC):
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False
+    portable: ClassVar[bool] = False
+    """Whether what it inserts is standard operators alone, as a graph for another runtime needs them."""
 
     @abstractmethod
     def supports(self, site: AttentionSite, target: Target) -> Answer:

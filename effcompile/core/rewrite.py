@@ -37,7 +37,7 @@ class Pass(ABC):
     """Rewrite a program mechanically, as the plan says.
 
     `phase` is raised (sees `eff::` dense ops) or lowered (sees ATen and kernels); `after` names passes that must have run;
-    `differentiable` says that gradients flow through what it inserts.
+    `differentiable` says that gradients flow through what it inserts, `portable` that it inserts standard operators alone.
     """
 
     name: ClassVar[str]
@@ -45,6 +45,7 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     differentiable: ClassVar[bool] = False
     default: ClassVar[bool] = True
+    portable: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program, plan: Plan) -> PassResult:

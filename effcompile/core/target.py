@@ -16,6 +16,8 @@ from effcompile.core.errors import EffError, unknown
 Kind = Literal["cuda", "rocm", "cpu"]
 
 BACKENDS = ("inductor", "triton", "aoti", "onnx", "tensorrt", "tensorrt-rtx")
+PORTABLE = ("onnx", "tensorrt", "tensorrt-rtx")
+"""Backends whose graphs hold standard operators alone, none of ours."""
 DEFAULT_BACKEND = "inductor"
 
 # Bits per element, by torch's dtype names with the two 8-bit floats as one, since they run at one rate everywhere.
@@ -160,6 +162,11 @@ class Target:
             words = {name for each in catalog for name in (each.name, each.compute)}
             raise unknown("EFF-T101", "target", text.strip(), words, hint="eff targets")
         return cls(device, backend or DEFAULT_BACKEND)
+
+    @property
+    def portable(self) -> bool:
+        """Tell whether the graph may hold standard operators alone."""
+        return self.backend in PORTABLE
 
     def __str__(self) -> str:
         return self.device.word if self.backend == DEFAULT_BACKEND else f"{self.device.word}:{self.backend}"

@@ -23,6 +23,7 @@ class SdpaDense(AttentionKernel):
     """Run any mask as its tensor."""
 
     name: ClassVar[str] = "dense"
+    portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:

@@ -22,6 +22,7 @@ class Math(AttentionKernel):
     """Run softcap, sinks, any mask tensor and NaN rows."""
 
     name: ClassVar[str] = "math"
+    portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:

@@ -30,6 +30,8 @@ def whole(site: AttentionSite, target: Target) -> Refusal | None:
     """Return why one SDPA call cannot run the site, else None."""
     if site.sinks and site.head_dim != site.value_dim:
         return Refusal("EFF-A210", f"no LSE with head dimensions {site.head_dim} and {site.value_dim}")
+    if site.sinks and target.portable:
+        return Refusal("EFF-A215", "the LSE that sinks need comes from a kernel of torch")
     return plain(site, target)
 
 
@@ -62,6 +64,7 @@ class SdpaFull(AttentionKernel):
     """Run a site whose every query reads every key."""
 
     name: ClassVar[str] = "sdpa"
+    portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:
@@ -86,6 +89,7 @@ class SdpaCausal(AttentionKernel):
     """Run a square causal site with `is_causal=True`: half the blocks, no mask tensor."""
 
     name: ClassVar[str] = "sdpa-causal"
+    portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
 
     def supports(self, site: AttentionSite, target: Target) -> Answer:

@@ -29,6 +29,7 @@ class Batched(ExpertDispatch):
     """Multiply each slot by weights that were fetched for it."""
 
     name: ClassVar[str] = "batched"
+    portable: ClassVar[bool] = True
 
     def supports(self, site: MoESite, target: Target) -> Answer:
         """Answer where the fetched weights fit."""

@@ -28,12 +28,13 @@ class Dense(ExpertDispatch):
     """Multiply everything in batches over the experts."""
 
     name: ClassVar[str] = "dense"
+    portable: ClassVar[bool] = True
 
     def supports(self, site: MoESite, target: Target) -> Answer:
         """Answer for weights on the output side, where few experts are left out."""
         if site.side != "out":
             return Refusal("EFF-M206", "weights multiply the tokens, and an expert is not linear")
-        if site.experts > MOST * site.top_k:
+        if site.experts > MOST * site.top_k and not target.portable:
             return Refusal("EFF-M207", f"{site.top_k} of {site.experts} experts are wanted")
         return price(self.name, site, target)
 

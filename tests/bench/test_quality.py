@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench import quality_report
 from bench.case import Settings, Watch
+from bench.cases import sparse_quality
 from bench.cases.sparse_quality import SparseQuality
 from bench.quality import TAIL, Found, Hunt, Score, hunts
 from bench.report import BEGIN, END
@@ -130,7 +131,7 @@ def test_a_policy_is_scored_against_dense() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "pass-key", "decode"])
-def test_every_arm_runs_compiled(form: str) -> None:
+def test_every_arm_runs_compiled(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No arm of any form falls back: each is compiled, on tokens of the trained model, and reads what it was given."""
     pytest.importorskip("transformers")
     import effcompile as eff
@@ -140,6 +141,7 @@ def test_every_arm_runs_compiled(form: str) -> None:
     # A length above every budget and window, so that each policy has something to leave out.
     settings = Settings(lengths=(1100,), forms=(form,), rounds=1, threads=1, quick=True)
     log().graphs.clear()
+    monkeypatch.setattr(sparse_quality, "release", lambda: None)  # which forgets the report with the compiled code
     (row,) = case.rows(settings)
     (found,) = case.measure(row, settings, Watch())
     policies = case.decoding if form == "decode" else case.policies
