@@ -110,5 +110,7 @@ def _holds_experts(module: nn.Module) -> bool:
     if isinstance(listed, nn.Module) and any(child is listed for child in several):
         return len({type(item) for item in listed.children()}) == 1
     # Experts packed into tall matrices, and linear layers of all experts at once.
-    packed = {"w1", "v1", "w2"} <= {name for name, _ in module.named_parameters(recurse=False)}
+    packed = any(
+        {"w1", "v1", "w2"} <= {name for name, _ in part.named_parameters(recurse=False)} for part in module.children()
+    )
     return (named and packed) or type(module).__name__.endswith("ParallelExperts")

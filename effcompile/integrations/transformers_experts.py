@@ -3,7 +3,7 @@
 transformers 5 lets a model's experts run through a function of a registry. Ours reads the layout of the weights from the module
 and calls the op. What the module does between the two products is read once, by tracing it, with the reader that recognizes
 graphs: a gate that cannot be read, a norm behind the experts, and training keep transformers' own grouped products. Classes
-outside the registry that loop over experts in Python are named and left alone.
+outside the registry get a forward of their own (experts/catalog.py); what nothing knows is named and left alone.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from effcompile import ops
 from effcompile.core.errors import EffError
 from effcompile.core.site import Refusal
+from effcompile.integrations.experts.attach import ExpertsWarning
+from effcompile.integrations.experts.catalog import replacement
 from effcompile.modules import expert_modules
 from effcompile.ops import native
 from effcompile.passes.recognize.gates import read_gate
 
 INTERFACE = "eff"
-
-
-class ExpertsWarning(UserWarning):
-    """Tell that the experts of a class stay as they are."""
 
 
 def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -66,18 +64,21 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 def prepare_experts(model: nn.Module) -> tuple[tuple[str, Refusal], ...]:
     """Let a model's experts run through `eff::moe_v1`; return (path, reason) of those that do not, each of which is warned of once.
 
-    Only attributes of modules change: weights, their names and their layout stay.
+    Only attributes of modules change: names, shapes and values of weights stay.
     """
-    found = expert_modules(model)
-    if not found:
-        return ()
     kept: list[tuple[str, Refusal]] = []
-    for path, module in found:
-        why = _ready(module)
-        if why is not None:
+    known = [(path, module, how) for path, module in model.named_modules() if (how := replacement(module)) is not None]
+    for path, module, how in known:
+        if (why := how(module)) is not None:
             kept.append((path, why))
-    if len(kept) < len(found):
-        _switch(model, [module for _, module in found if getattr(module, "_eff_gate", None) is not None])
+    inside = {id(part) for _, module, _ in known for part in module.modules()}
+    left = [(path, module) for path, module in expert_modules(model) if id(module) not in inside]
+    for path, module in left:
+        if (why := _ready(module)) is not None:
+            kept.append((path, why))
+    ready = [module for _, module in left if getattr(module, "_eff_gate", None) is not None]
+    if ready:
+        _switch(model, ready)
     told: dict[str, str] = {}
     for path, why in kept:
         told.setdefault(str(why), path)
@@ -91,7 +92,8 @@ def _ready(module: nn.Module) -> Refusal | None:
     kind = type(module).__name__
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")):
         return Refusal(
-            "EFF-M302", f"{kind} is not one of transformers' experts interface, whose functions can be replaced"
+            "EFF-M302",
+            f"{kind} is neither one of transformers' experts interface nor a block that effcompile knows (docs/experts.md)",
         )
     if getattr(module, "has_post_expert_norm", False):
         return Refusal("EFF-M302", f"{kind} has a norm behind each expert")

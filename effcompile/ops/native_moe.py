@@ -32,16 +32,24 @@ def run(
     beta: float,
     limit: float,
 ) -> Tensor:
-    """Run `eff_moe` on the operands of `eff::moe_v1`. A weight whose rows are not dense is copied."""
+    """Run `eff_moe` on the operands of `eff::moe_v1`. A weight is read as it lies, by rows or by columns; others are copied."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    w1, w2 = native.dense_rows(w1), native.dense_rows(w2)
+    inner = w2.shape[1 if transposed else 2]
+    (w1, turned1), (w2, turned2) = _as_it_lies(w1, transposed), _as_it_lies(w2, transposed)
     x, share = x.contiguous(), weights.to(torch.float32).contiguous()
     ids = ids.to(torch.int64).contiguous()
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
-    inner = w2.shape[1 if transposed else 2]
     sizes = [x.shape[0], ids.shape[1], w1.shape[0], x.shape[1], inner, ACTS.index(act), _LAYOUTS.index(layout)]
-    sizes += [side == "in", transposed, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2]]
+    sizes += [side == "in", turned1, turned2, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2]]
     native.call(native.EXPERTS, "eff_moe", x.dtype, sizes, (x, ids, share, w1, b1, w2, b2, out), alpha, beta, limit)
     return out
+
+
+def _as_it_lies(weight: Tensor, transposed: bool) -> tuple[Tensor, bool]:
+    """Return a weight with dense rows, and whether it is `[E, in, out]` then."""
+    turned = weight.transpose(1, 2)
+    if weight.stride(2) != 1 and turned.stride(2) == 1:
+        return turned, not transposed
+    return native.dense_rows(weight), transposed

@@ -7,6 +7,7 @@ computes a gate in float32. The same walk reads the `_apply_gate` of a module, o
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ class _Walk:
     path: list[fx.Node] = field(default_factory=list)
     halves: dict[int, fx.Node] = field(default_factory=dict)
     layouts: set[str] = field(default_factory=set)
+    products: Mapping[fx.Node, int] = field(default_factory=dict)
 
     def same(self, node: Any) -> fx.Node:
         """Follow casts and copies that keep what a gate in float32 would see."""
@@ -54,9 +56,12 @@ class _Walk:
         return node
 
 
-def read_gate(node: fx.Node) -> ReadGate | Refusal:
-    """Return the gate whose result is `node`, or why it is none that is known."""
-    walk = _Walk()
+def read_gate(node: fx.Node, products: Mapping[fx.Node, int] | None = None) -> ReadGate | Refusal:
+    """Return the gate whose result is `node`, or why it is none that is known.
+
+    `products` maps nodes that are the first (0) and the second half (1) by themselves, where two products give the halves.
+    """
+    walk = _Walk(products=products or {})
     try:
         gate, source = _gate(walk.same(node), walk)
     except _Unknown as why:
@@ -70,7 +75,7 @@ def _gate(node: fx.Node, walk: _Walk) -> tuple[Gate, fx.Node]:
         sides = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
         reasons: list[str] = []
         for first, second in sides:
-            trial = _Walk([*walk.path, node])
+            trial = _Walk([*walk.path, node], products=walk.products)
             try:
                 act, alpha, low = _act(trial.same(first), trial)
                 beta, high = _up(trial.same(second), trial)
@@ -185,6 +190,12 @@ def _clamp(node: fx.Node) -> tuple[float | None, float | None] | None:
 
 def _half(node: fx.Node, which: int, walk: _Walk) -> None:
     """Note that `node` is one half of a tensor along its last dimension; `which` is 0 or 1."""
+    if node in walk.products:
+        if walk.products[node] != which:
+            raise _Unknown("the halves are the other way round")
+        walk.halves[which] = node
+        walk.layouts.add("concat")
+        return
     made = _taken(node)
     if made is None:
         raise _Unknown(f"`{op_name(node) or node.op}` is no half of the first product")
@@ -232,7 +243,7 @@ def _halves(walk: _Walk) -> tuple[str, fx.Node]:
     if len(walk.halves) != 2 or len(walk.layouts) != 1:
         raise _Unknown("two halves of one layout are needed")
     first, second = walk.same(walk.halves[0]), walk.same(walk.halves[1])
-    if first is not second:
+    if first is not second and not {first, second} <= walk.products.keys():
         raise _Unknown("the halves come from two tensors")
     return next(iter(walk.layouts)), first
 

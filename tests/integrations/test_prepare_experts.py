@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effcompile as eff
-from effcompile.integrations.transformers_experts import ExpertsWarning
+from effcompile.integrations.experts.attach import ExpertsWarning
 
 BASE = {
     "vocab_size": 97,
@@ -50,12 +50,12 @@ def gpt_oss() -> Any:
     return model
 
 
-def llama4() -> Any:
-    from transformers import Llama4ForCausalLM, Llama4TextConfig
+def nllb() -> Any:
+    from transformers import NllbMoeConfig
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
     torch.manual_seed(0)
-    fields = {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24}
-    return Llama4ForCausalLM(Llama4TextConfig(**BASE, **fields)).eval()
+    return NllbMoeSparseMLP(NllbMoeConfig(d_model=32, num_experts=4, expert_capacity=4), ffn_dim=24).eval()
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3, gpt_oss])
@@ -103,12 +103,13 @@ def test_gradients_flow_as_before() -> None:
 
 
 def test_experts_that_cannot_be_replaced_are_named() -> None:
-    model = llama4()
+    model = torch.nn.ModuleDict({"ffn": nllb()})
+    x = torch.randn(2, 9, 32)
     with torch.no_grad():
-        wanted = model(IDS, use_cache=False).logits
-        with pytest.warns(ExpertsWarning, match=r"layers\.0\.feed_forward\.experts.*EFF-M302 Llama4TextExperts"):
+        wanted = model["ffn"](x)
+        with pytest.warns(ExpertsWarning, match=r"`ffn`: EFF-M302 NllbMoeSparseMLP: its loop takes a 0/1 mask"):
             eff.prepare(model)
-        assert torch.equal(model(IDS, use_cache=False).logits, wanted)
+        assert torch.equal(model["ffn"](x), wanted)
 
 
 def test_a_dry_run_names_an_unprepared_loop_and_what_mends_it() -> None:

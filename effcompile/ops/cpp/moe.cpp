@@ -162,13 +162,14 @@ void start(const Problem& p, const void* const* given) {
 // dtype: 0 float, 1 bfloat16, 2 half. pointers: x, ids, share, w1, b1, w2, b2, out. All rows are dense; strides are those of weights.
 extern "C" void eff_moe(int64_t dtype, const int64_t* sizes, const void* const* pointers, float alpha, float beta, float limit) {
   Problem p{};
-  int64_t at = 0, act = 0, layout = 0, input = 0, transposed = 0;
-  for (int64_t* field : {&p.tokens, &p.top_k, &p.experts, &p.hidden, &p.inner, &act, &layout, &input, &transposed, &p.threads,
-                         &p.first.whole, &p.first.stride, &p.second.whole, &p.second.stride})
+  int64_t at = 0, act = 0, layout = 0, input = 0, turned[2] = {};
+  for (int64_t* field : {&p.tokens, &p.top_k, &p.experts, &p.hidden, &p.inner, &act, &layout, &input, turned, turned + 1,
+                         &p.threads, &p.first.whole, &p.first.stride, &p.second.whole, &p.second.stride})
     *field = sizes[at++];
   p.gate = {static_cast<int>(act), static_cast<int>(layout), alpha, beta, limit};
   p.weigh_input = input != 0;
-  p.first.transposed = p.second.transposed = transposed != 0;
+  p.first.transposed = turned[0] != 0;
+  p.second.transposed = turned[1] != 0;
   p.first.depth = p.hidden;
   p.first.outputs = layout ? 2 * p.inner : p.inner;
   p.second.depth = p.inner;
