@@ -1,4 +1,4 @@
-"""Read the parts of a mixture of experts: products with the experts' weights, how tokens are sorted, and how results are summed.
+"""Read the parts of a mixture of experts: products with the experts' weights, and biases, fetched or not.
 
 Each function takes the node where a part ends and returns what the part reads, or raises `Stop` with a code and a reason. Whatever
 it passes goes into `Seen.path`; nothing outside may read that.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,13 +58,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Product:
-    """Hold one product with the weights of experts."""
+    """Hold one product with the weights of experts.
+
+    `order` names the first dimensions of a dense one's result, experts `e` and tokens `t`; `rows_order` those of its rows, where
+    one set of tokens for all experts is `t`.
+    """
 
     rows: fx.Node  # what it multiplies, one row a slot (or [E, T, in] of a dense spelling)
     weight: fx.Node  # [E, out, in], or [E, in, out] where `transposed`
     bias: fx.Node | None
     transposed: bool
     kind: str  # grouped, batched or dense
+    order: str = "et"
+    rows_order: str = "et"
 
 
 def shape(node: fx.Node) -> Any:
@@ -100,7 +106,7 @@ def product(node: fx.Node, seen: Seen) -> Product:
             first, second = second, first
         if _is_product(first):
             made = product(first, seen)  # type: ignore[arg-type]
-            return Product(made.rows, made.weight, _bias(second, made, node, seen), made.transposed, made.kind)
+            return replace(made, bias=_bias(second, made, node, seen))
     name = op_name(node)
     if name in GROUPED:
         return _grouped(node, seen)
@@ -111,6 +117,8 @@ def product(node: fx.Node, seen: Seen) -> Product:
         return _batched(node, seen)
     if name == "bmm":
         return _dense(node, node.args[0], node.args[1], seen)
+    if name == "einsum":
+        return _einsum(node, seen)
     raise Stop("EFF-M104", f"`{name or node.op}` is no product with the weights of experts")
 
 
@@ -164,7 +172,7 @@ def _fetched(node: fx.Node, seen: Seen) -> tuple[fx.Node, fx.Node, bool] | None:
     while op_name(node) == "transpose" and {int(dim) % 3 for dim in node.args[1:3]} == {1, 2}:  # type: ignore[call-overload]
         seen.path.append(node)
         turned, node = not turned, node.args[0]  # type: ignore[assignment]
-    ids = _index(node)
+    ids = indexed(node)
     whole = node.args[0] if ids is not None else None
     if ids is None or not isinstance(whole, fx.Node) or len(shape(whole)) != 3 or len(shape(ids)) != 1:
         return None
@@ -173,7 +181,7 @@ def _fetched(node: fx.Node, seen: Seen) -> tuple[fx.Node, fx.Node, bool] | None:
     return whole, ids, turned
 
 
-def _index(node: Any) -> fx.Node | None:
+def indexed(node: Any) -> fx.Node | None:
     """Return the rows that `x[rows]` reads."""
     if not isinstance(node, fx.Node):
         return None
@@ -208,6 +216,38 @@ def _dense(node: fx.Node, left: Any, right: Any, seen: Seen) -> Product:
     return Product(left, weight, None, transposed, "dense")
 
 
+def einsum_letters(node: Any) -> tuple[str, str, str] | None:
+    """Return the letters of two operands and of the result of an einsum; None for other nodes and other einsums."""
+    if not isinstance(node, fx.Node) or op_name(node) != "einsum" or len(node.args[1]) != 2:  # type: ignore[arg-type]
+        return None
+    given, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    left, _, right = given.partition(",")
+    plain = arrow and all(item.isalpha() and len(set(item)) == len(item) for item in (left, right, result))
+    return (left, right, result) if plain else None
+
+
+def _einsum(node: fx.Node, seen: Seen) -> Product:
+    """Read `td,edf->etf`, `etf,efd->etd` and the like: all experts on all tokens."""
+    letters = einsum_letters(node)
+    left, right, result = letters or ("", "", "")
+    for row, column, (rows, weight) in ((left, right, node.args[1]), (right, left, node.args[1][::-1])):  # type: ignore[index, misc]
+        depth, token = set(row) & set(column) - set(result), set(row) - set(column)
+        expert = (set(column) & set(result)) - set(result[-1:])
+        one_each = len(depth) == len(token) == len(expert) == 1 and len(column) == len(result) == 3
+        if (
+            not one_each
+            or row[-1] not in depth
+            or {column[0]} != expert
+            or set(result) != {*token, *expert, result[-1]}
+        ):
+            continue
+        names = {column[0]: "e", token.pop(): "t"}
+        order, rows_order = ("".join(names[letter] for letter in item[:-1]) for item in (result, row))
+        found, turned = _weight(weight, node, seen)  # as the right factor of a product, [E, in, out]
+        return Product(rows, found, None, turned == (column[1] in depth), "dense", order, rows_order)
+    raise Stop("EFF-M104", f"`{node.args[0]}` is no product of all tokens with the weights `[E, .., ..]` of experts")
+
+
 def _bias(node: Any, made: Product, reader: fx.Node, seen: Seen) -> fx.Node:
     """Return the bias `[E, out]` that is added to a product."""
     node = seen.take(node, "the bias")
@@ -215,7 +255,7 @@ def _bias(node: Any, made: Product, reader: fx.Node, seen: Seen) -> fx.Node:
         if op_name(node) == "unsqueeze" and node.args[1] in (1, -2) and len(shape(node.args[0])) == 2:  # type: ignore[arg-type]
             return seen.read(node.args[0], node)  # type: ignore[arg-type]
         raise Stop("EFF-M104", "what is added to a product is no bias of its expert")
-    ids = _index(node)
+    ids = indexed(node)
     whole = node.args[0]
     if ids is None or not isinstance(whole, fx.Node) or len(shape(whole)) != 2:
         raise Stop("EFF-M104", "what is added to a product is no bias of its expert")
@@ -226,119 +266,6 @@ def _bias(node: Any, made: Product, reader: fx.Node, seen: Seen) -> fx.Node:
 def _same_ids(ids: fx.Node, seen: Seen) -> None:
     """Check that rows are numbered by the ids of their slots: `[T k]` flat, or sorted where tokens are."""
     seen.biased.append(ids)
-
-
-def flat_ids(node: Any, seen: Seen) -> fx.Node:
-    """Return ids `[T, k]` of flat ones."""
-    flat = node
-    node = through(node, seen)
-    if len(shape(node)) != 2 or node is flat:
-        raise Stop("EFF-M104", "the ids of experts are not [T, k]")
-    seen.path.append(flat)
-    return seen.read(node, flat)
-
-
-def settle_sorted(seen: Seen, experts: int) -> fx.Node:
-    """Return the ids `[T, k]` of a sorted spelling, from its offsets; set the permutation."""
-    counted = seen.take(seen.offsets, "the groups")
-    if op_name(counted) != "cumsum" or counted.args[1] != 0:
-        raise Stop("EFF-M104", "the groups are no running sum of tokens an expert")
-    counts = through(counted.args[0], seen)
-    seen.take(counts, "the counts")
-    name = op_name(counts)
-    if name == "histc":
-        bins, low, high = [*counts.args[1:], 100, 0, 0][:3]
-        if (bins, low, high) != (experts, 0, experts - 1):
-            raise Stop("EFF-M104", f"a histogram over {bins} experts of {experts}")
-    elif name == "bincount":
-        least = counts.kwargs.get("minlength", counts.args[2] if len(counts.args) > 2 else 0)
-        if least != experts:
-            raise Stop("EFF-M104", f"tokens of {least} experts are counted, of {experts}")
-    else:
-        raise Stop("EFF-M104", f"`{name or counts.op}` does not count the tokens of an expert")
-    counted_ids = through(counts.args[0], seen)
-    seen.take(counted_ids, "the ids")
-    sort = _sort_of(counted_ids)
-    if sort is None:
-        raise Stop("EFF-M104", "the ids are not sorted")
-    if (len(sort.args) > 1 and sort.args[1] not in (0, -1)) or sort.args[2:3] == (True,):
-        raise Stop("EFF-M104", "the ids are sorted in another order")
-    seen.take(sort, "the sort")
-    seen.sort = sort
-    for ids in seen.biased:
-        if through(ids, seen) is not counted_ids:
-            raise Stop("EFF-M104", "a bias is fetched by other ids than the tokens")
-    orders = [user for user in sort.users if user.target is operator.getitem and user.args[1] == 1]
-    if len(orders) != 1:
-        raise Stop("EFF-M104", "the order of the sorted tokens is not read once")
-    seen.order = seen.take(orders[0], "the order")
-    return flat_ids(sort.args[0], seen)
-
-
-def _sort_of(node: fx.Node) -> fx.Node | None:
-    if node.target is operator.getitem and node.args[1] == 0 and op_name(node.args[0]) == "sort":  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    return None
-
-
-def is_inverse(node: Any, seen: Seen) -> bool:
-    """Tell whether a node is the inverse of the permutation: positions written where it points, or its own argsort."""
-    if not isinstance(node, fx.Node) or seen.order is None:
-        return False
-    seen.path.append(node)
-    if op_name(node) == "argsort":
-        return node.args[0] is seen.order and node.args[1:2] in ((), (-1,), (0,)) and True not in node.args[2:]
-    if op_name(node) not in ("index_put_", "index_put", "scatter_", "scatter"):
-        return False
-    into = node.args[0]
-    if op_name(into) not in ("empty_like", "zeros_like", "empty", "zeros", "new_empty"):  # type: ignore[arg-type]
-        return False
-    seen.path.append(into)  # type: ignore[arg-type]
-    if op_name(node).startswith("index_put"):
-        where, what = node.args[1], node.args[2]
-        if node.args[3:4] == (True,) or len(where) != 1 or where[0] is not seen.order:  # type: ignore[arg-type, index]
-            return False
-    else:
-        if node.args[1] not in (0, -1) or node.args[2] is not seen.order:
-            return False
-        what = node.args[3]
-    if op_name(what) != "arange" or not same_size(shape(what)[0], shape(seen.order)[0]):  # type: ignore[arg-type]
-        return False
-    seen.path.append(what)  # type: ignore[arg-type]
-    starts = what.args[:-1] if len(what.args) > 1 else ()  # type: ignore[union-attr]
-    return all(start == 0 for start in starts[:1])
-
-
-def expanded(node: fx.Node, top_k: Any, seen: Seen) -> fx.Node:
-    """Return tokens x `[T, H]` of rows `[T k, H]`, one for each slot: repeated, or fetched in the sorted order."""
-    name = op_name(node)
-    if seen.order is not None:
-        tokens = _index(node)
-        if tokens is None or not _is_token(tokens, top_k, seen):
-            raise Stop("EFF-M104", "the rows are not the tokens in sorted order")
-        seen.take(node, "the rows")
-        return seen.read(node.args[0], node)  # type: ignore[arg-type]
-    if name == "repeat_interleave" and node.args[2:3] in ((0,), ()) and same_size(node.args[1], top_k):
-        if node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None) != 0:
-            raise Stop("EFF-M104", "the rows are not each token repeated")
-        seen.take(node, "the rows")
-        return seen.read(node.args[0], node)  # type: ignore[arg-type]
-    inner = through(node, seen)
-    if inner is not node and op_name(inner) == "expand" and len(shape(inner)) == 3:
-        base = inner.args[0]
-        if op_name(base) == "unsqueeze" and base.args[1] in (1, -2) and same_size(shape(inner)[1], top_k):  # type: ignore[union-attr, arg-type]
-            seen.path += [node, inner, base]  # type: ignore[list-item]
-            return seen.read(base.args[0], base)  # type: ignore[union-attr, arg-type]
-    raise Stop("EFF-M104", "the rows of the first product are not each token repeated")
-
-
-def _is_token(node: fx.Node, top_k: Any, seen: Seen) -> bool:
-    name = op_name(node)
-    floored = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") in ("floor", "trunc"))
-    if not floored or node.args[0] is not seen.order or not same_size(node.args[1], top_k):
-        return False
-    seen.take(node, "the tokens")
-    return True
 
 
 def dims(node: fx.Node) -> Sequence[int]:

@@ -1,9 +1,9 @@
 """Raise every recognized mixture of experts to `eff::moe_v1` and a site; say why the rest was left alone.
 
 The walk starts at the sum that puts the experts of a token together and goes back through weighting, second product, gate and
-first product to the tokens (idioms: `grouped`, tokens sorted by expert; `batched`, weights fetched for each slot; `dense`, all
-experts on all tokens with weights that are 0 outside the chosen ones). Routing is not touched: the source's own top-k gives ids
-and weights.
+first product to the tokens (idioms: `grouped`, tokens sorted by expert; `batched`, weights fetched for each slot; `dense` and
+`einsum`, all experts on all tokens with weights that are 0 outside the chosen ones, expert_dense.py). Routing is not touched: the
+source's own top-k gives ids and weights.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from effcompile.core.experts import Gate, MoESite
+from effcompile.core.experts import MoESite
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import Missed, Refusal
+from effcompile.passes.recognize import expert_dense as dense
+from effcompile.passes.recognize import expert_order as order
 from effcompile.passes.recognize import expert_parts as parts
 from effcompile.passes.recognize.aliases import Aliases, written
 from effcompile.passes.recognize.elements import op_name
-from effcompile.passes.recognize.expert_parts import Product, Seen, Stop, shape
+from effcompile.passes.recognize.expert_match import Match, weighted
+from effcompile.passes.recognize.expert_parts import Seen, Stop, shape
 from effcompile.passes.recognize.expert_sites import Names, Naming, describe
 from effcompile.passes.recognize.gates import read_gate
 from effcompile.passes.recognize.match import same_size
@@ -38,21 +41,6 @@ class RecognizedExperts:
     program: Program
     sites: tuple[MoESite, ...] = ()
     missed: tuple[Missed, ...] = ()
-
-
-@dataclass(frozen=True)
-class Match:
-    """Hold the operands of a mixture of experts, the node that has its result, and what lies in between."""
-
-    idiom: str
-    anchor: fx.Node
-    x: fx.Node
-    ids: fx.Node
-    weights: fx.Node
-    first: Product
-    second: Product
-    gate: Gate
-    seen: Seen
 
 
 def recognize_experts(program: Program, name_of: Naming) -> RecognizedExperts:
@@ -86,11 +74,15 @@ def recognize_experts(program: Program, name_of: Naming) -> RecognizedExperts:
 
 def match_experts(node: fx.Node, graph: fx.Graph) -> Match | Refusal | None:
     """Return the mixture of experts whose sum is `node`; None where no product with 3-D weights is behind it."""
-    if op_name(node) != "sum" or len(parts.dims(node)) != 1 or parts.keeps(node) or not _leads_to_experts(node):
+    summed = op_name(node) == "sum" and len(parts.dims(node)) == 1 and not parts.keeps(node)
+    if not (summed or dense.is_combine(node)) or not _leads_to_experts(node):
         return None
     seen = Seen([node])
     try:
-        found = _dense(node, seen) if parts.dims(node)[0] in (0, -3) else _routed(node, seen)
+        if not summed:
+            found = dense.combined(node, seen)
+        else:
+            found = dense.summed(node, seen) if parts.dims(node)[0] in (0, -3) else _routed(node, seen)
         found = replace(found, anchor=_cast(node, found.x, seen))
         _closed(found, graph)
     except Stop as stop:
@@ -108,10 +100,10 @@ def _routed(node: fx.Node, seen: Seen) -> Match:
     late = op_name(value) == "mul" and len(shape(value)) == 3
     share: fx.Node | None = None
     if late:
-        value, share = _weighted(value, seen)
+        value, share = weighted(value, seen)
         value = parts.through(value, seen)
     inverse: fx.Node | None = None
-    rows = parts._index(value)
+    rows = parts.indexed(value)
     if rows is not None and len(shape(value)) == 2:
         inverse = rows
         seen.take(value, "the results in order")
@@ -119,7 +111,7 @@ def _routed(node: fx.Node, seen: Seen) -> Match:
     if share is None:
         if op_name(value) != "mul":
             raise Stop("EFF-M102", f"`{op_name(value) or value.op}` where results are weighted")
-        value, share = _weighted(value, seen)
+        value, share = weighted(value, seen)
     second = parts.product(parts.through(value, seen, "to", "_to_copy", *parts.VIEWS), seen)
     gate = read_gate(second.rows)
     if isinstance(gate, Refusal):
@@ -132,30 +124,20 @@ def _routed(node: fx.Node, seen: Seen) -> Match:
     if first.kind == "grouped":
         if inverse is None:
             raise Stop("EFF-M102", "results in sorted order are not put back")
-        ids = parts.settle_sorted(seen, experts)
-        if not parts.is_inverse(inverse, seen):
+        ids = order.settle_sorted(seen, experts)
+        if not order.is_inverse(inverse, seen):
             raise Stop("EFF-M102", "results are put back in another order than they were taken")
     elif first.kind == "batched":
         if inverse is not None:
             raise Stop("EFF-M102", "the results are put into another order")
         if len(set(seen.biased)) != 1:
             raise Stop("EFF-M104", "weights and biases are fetched by different ids")
-        ids = parts.flat_ids(seen.biased[0], seen)
+        ids = order.flat_ids(seen.biased[0], seen)
     else:
         raise Stop("EFF-M102", "all experts on all tokens, and a sum over something else")
     weights = _share(share, top_k, seen, late)
-    x = parts.expanded(parts.casts(first.rows, seen), top_k, seen)
+    x = order.expanded(parts.casts(first.rows, seen), top_k, seen)
     return Match(first.kind, node, x, ids, weights, first, second, gate.gate, seen)
-
-
-def _weighted(node: fx.Node, seen: Seen) -> tuple[fx.Node, fx.Node]:
-    """Return (results, weights) of a product of the two; weights have one number a row."""
-    seen.take(node, "the weighting")
-    sides = node.args[:2]
-    for value, share in (sides, sides[::-1]):
-        if isinstance(share, fx.Node) and isinstance(value, fx.Node) and len(shape(share)) and shape(share)[-1] == 1:
-            return value, share
-    raise Stop("EFF-M102", "results are multiplied by something else than one weight each")
 
 
 def _share(node: fx.Node, top_k: object, seen: Seen, late: bool) -> fx.Node:
@@ -165,7 +147,7 @@ def _share(node: fx.Node, top_k: object, seen: Seen, late: bool) -> fx.Node:
     start = len(seen.path)
     node = parts.through(node, seen, *views)
     if seen.order is not None and not late:
-        if parts._index(node) is not seen.order:
+        if parts.indexed(node) is not seen.order:
             raise Stop("EFF-M102", "weights are not in the order of the results")
         reader = seen.take(node, "the weights")
         start = len(seen.path)
@@ -176,47 +158,6 @@ def _share(node: fx.Node, top_k: object, seen: Seen, late: bool) -> fx.Node:
                 del seen.path[seen.path.index(step, start) :]
             return seen.read(step, seen.path[-1] if len(seen.path) > start else reader)
     raise Stop("EFF-M102", "the weights are not [T, k]")
-
-
-def _dense(node: fx.Node, seen: Seen) -> Match:
-    """Read the sum over all experts of results that have weight 0 outside the chosen ones."""
-    value, share = _weighted(parts.through(node.args[0], seen), seen)
-    second = parts.product(parts.through(value, seen), seen)
-    gate = read_gate(second.rows)
-    if isinstance(gate, Refusal):
-        raise Stop(gate.code, gate.reason)
-    seen.path += gate.path
-    first = parts.product(gate.source, seen)
-    if first.kind != "dense" or second.kind != "dense" or first.transposed != second.transposed:
-        raise Stop("EFF-M104", "the two products are written in two ways")
-    turned = parts.through(share, seen, "unsqueeze", *parts.VIEWS)
-    if op_name(turned) not in ("t", "transpose", "permute"):
-        raise Stop("EFF-M102", "the weights of all experts are not [T, E] turned around")
-    seen.take(turned, "the weights")
-    spread = parts.through(turned.args[0], seen)
-    if op_name(spread) not in ("scatter", "scatter_") or spread.args[1] not in (1, -1):
-        raise Stop("EFF-M102", "the weights of all experts are not those of a top-k, with zeros elsewhere")
-    seen.take(spread, "the weights")
-    zeros, ids, weights = spread.args[0], spread.args[2], spread.args[3]
-    if op_name(zeros) not in ("zeros", "new_zeros", "zeros_like"):  # type: ignore[arg-type]
-        raise Stop("EFF-M102", "weights outside the top-k are not zeros")
-    seen.take(zeros, "zeros")
-    if not isinstance(ids, fx.Node) or not isinstance(weights, fx.Node) or not parts.is_unique_choice(ids):
-        raise Stop("EFF-M102", "the ids do not come from a top-k, so that one may be there twice")
-    if not same_size(shape(zeros)[-1], shape(first.weight)[0]):  # type: ignore[arg-type]
-        raise Stop("EFF-M102", "weights of another number of experts")
-    seen.read(ids, spread)
-    seen.read(weights, spread)
-    rows = parts.through(first.rows, seen, "expand", "repeat", "unsqueeze", *parts.COPIES)
-    if len(shape(rows)) != 2:
-        raise Stop("EFF-M104", "not all experts get all tokens")
-    for step in seen.path:
-        if op_name(step) == "repeat" and list(step.args[1])[1:] != [1, 1]:  # type: ignore[arg-type]
-            raise Stop("EFF-M104", "tokens are repeated in another way than once for each expert")
-        if op_name(step) == "unsqueeze" and step.args[0] is rows and step.args[1] not in (0, -3):
-            raise Stop("EFF-M104", "not all experts get all tokens")
-    seen.read(rows, first.rows)
-    return Match("dense", node, rows, ids, weights, first, second, gate.gate, seen)
 
 
 def _cast(node: fx.Node, x: fx.Node, seen: Seen) -> fx.Node:
@@ -243,8 +184,8 @@ def _closed(found: Match, graph: fx.Graph) -> None:
     if (
         not fits
         or wide != inner * (1 if found.gate.layout == "none" else 2)
-        or len(shape(found.weights)) != len(shape(found.ids))
-        or not all(map(same_size, shape(found.weights), shape(found.ids)))
+        or (not found.spread and len(shape(found.weights)) != len(shape(found.ids)))
+        or (not found.spread and not all(map(same_size, shape(found.weights), shape(found.ids))))
     ):
         raise Stop("EFF-M102", "the shapes of experts, ids and weights do not fit each other")
     if not parts.kinds_agree(found.x, first.weight, second.weight, first.bias, second.bias):
@@ -276,11 +217,14 @@ def _trivial(node: fx.Node) -> bool:
 def _raise(found: Match, edit: Editor, names: Names) -> MoESite:
     anchor, gate = found.anchor, found.gate
     with edit.before(anchor):
+        weights = found.weights
+        if found.spread:
+            weights = edit.call(torch.ops.aten.gather.default, weights, 1, found.ids)
         call = edit.call(
             torch.ops.eff.moe_v1.default,
             found.x,
             found.ids,
-            found.weights,
+            weights,
             found.first.weight,
             found.first.bias,
             found.second.weight,
@@ -288,7 +232,7 @@ def _raise(found: Match, edit: Editor, names: Names) -> MoESite:
             gate.act,
             gate.layout,
             found.first.transposed,
-            "out",
+            found.side,
             gate.alpha,
             gate.beta,
             gate.limit,
@@ -297,9 +241,9 @@ def _raise(found: Match, edit: Editor, names: Names) -> MoESite:
     site = describe(call, found.idiom, names)
     edit.replace(anchor, call)
     operands = {operand for operand, _ in found.seen.reads}
-    order = {node: number for number, node in enumerate(edit.graph.nodes)}
-    inside = {node for node in found.seen.path if node in order and node not in operands}
-    for node in sorted(inside, key=order.__getitem__, reverse=True):
+    place = {node: number for number, node in enumerate(edit.graph.nodes)}
+    inside = {node for node in found.seen.path if node in place and node not in operands}
+    for node in sorted(inside, key=place.__getitem__, reverse=True):
         for user in list(node.users):
             if not user.users and user not in inside and _trivial(user):
                 edit.graph.erase_node(user)
@@ -340,13 +284,17 @@ def _leads_to_experts(node: fx.Node, steps: int = 24) -> bool:
 
 
 def _dense_anchor(node: fx.Node) -> bool:
-    """Tell whether a node is a batch of products with an input of the graph `[E, out, in]`."""
-    if op_name(node) not in ("bmm", "baddbmm"):
-        return False
-    right = node.args[-1]
-    while op_name(right) == "transpose":  # type: ignore[arg-type]
-        right = right.args[0]  # type: ignore[union-attr, assignment]
-    return isinstance(right, fx.Node) and right.op == "placeholder" and len(shape(right)) == 3
+    """Tell whether a node multiplies in batches by an input of the graph `[E, out, in]`."""
+    letters = parts.einsum_letters(node)
+    if letters is not None:
+        return len(letters[2]) == 3 and any(_stacked(item) for item in node.all_input_nodes)
+    return op_name(node) in ("bmm", "baddbmm") and _stacked(node.args[-1])
+
+
+def _stacked(node: object) -> bool:
+    while isinstance(node, fx.Node) and op_name(node) == "transpose":
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder" and len(shape(node)) == 3
 
 
 def _is_raised(node: fx.Node) -> bool:

@@ -23,6 +23,9 @@ def read_router(ids: fx.Node, weights: fx.Node) -> str:
     count = choice.args[1] if op_name(choice) == "topk" else 1
     before = _scores(choice.args[0])  # type: ignore[arg-type]
     words = [*before, f"top {count}"]
+    if op_name(weights) == "gather":  # of weights that were made after the choice, for all experts
+        late = [word for word in _scores(weights.args[0]) if word not in before]  # type: ignore[arg-type]
+        words += [f"{word} of the chosen" for word in late]
     after = _between(weights, choice)
     if any(op_name(node) in ("softmax", "_softmax") for node in after):
         words.append("softmax of the chosen")
