@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bench import table_case
 from bench.case import Case, Row, Settings, Watch, grid
+from bench.gshard import GShard
 from bench.table_case import Kernel, seeded
 
 Build = Callable[[], tuple[nn.Module, Any]]
@@ -70,13 +71,22 @@ def _gpt_oss() -> tuple[nn.Module, Any]:
     return GptOssMLP(config), config
 
 
+def _gshard() -> tuple[nn.Module, Any]:
+    from types import SimpleNamespace
+
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "num_experts_per_tok": 2}
+    return GShard(512, 256, 16), SimpleNamespace(**sizes)
+
+
 BLOCKS: dict[str, Build] = {
     "mixtral": _mixtral,
     "qwen3-moe": _qwen3,
     "olmoe": _olmoe,
     "deepseek-v3": _deepseek,
     "gpt-oss": _gpt_oss,
+    "gshard": _gshard,
 }
+EINSUM = "gshard"  # a block that is no transformers' one: the einsum itself under torch.compile is what there is to compare with
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,8 @@ class MoE(Case):
         "Blocks of transformers with random weights and routing, the shapes of each family scaled to a CPU; `length` is "
         "tokens, and eight inputs take turns, so that a step meets other experts than the one before. eager: transformers' "
         "loop over experts. grouped-inductor, batched-inductor: its grouped_mm and batched_mm under torch.compile. "
-        "eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare."
+        "eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare. gshard: two choices a token over "
+        "16 experts with a capacity, in one-hot einsums; loop-inductor is these einsums under torch.compile."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = tuple(BLOCKS)
@@ -108,8 +119,10 @@ class MoE(Case):
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return tokens x block x dtype."""
-        forms = tuple(BLOCKS)[1:2] if settings.quick else tuple(BLOCKS)
-        return grid(settings, (8,) if settings.quick else self.lengths, forms, self.dtypes)
+        forms = ("qwen3-moe",) if settings.quick else tuple(form for form in BLOCKS if form != EINSUM)
+        rows = grid(settings, (8,) if settings.quick else self.lengths, forms, self.dtypes)
+        lengths = (256,) if settings.quick else (4096,)
+        return [*rows, *grid(settings, lengths, (EINSUM,), self.dtypes[:1])]
 
     def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
         """Measure all arms on one block."""
@@ -124,10 +137,14 @@ class MoE(Case):
             for seed in range(INPUTS if tokens < 64 else 1)
         ]
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        slot = 3 * config.hidden_size * inner
+        slot = (2 if form == EINSUM else 3) * config.hidden_size * inner
         slots = tokens * config.num_experts_per_tok
         kernels: dict[str, Kernel | str] = {}
-        for name in self.chosen_arms(settings):
+        chosen = self.chosen_arms(settings)
+        for name in chosen if form != EINSUM or settings.arms else dict.fromkeys((*chosen, "loop-inductor")):
+            if form == EINSUM and ARMS[name][0] in ("grouped_mm", "batched_mm") and name != "eff":
+                kernels[name] = "its experts are no module of transformers"
+                continue
             fetched = slots * slot * block_width(dtype)
             if ARMS[name][0] == "batched_mm" and fetched > FETCHED:
                 kernels[name] = f"it would fetch {fetched / 1e9:.0f} GB of weights"

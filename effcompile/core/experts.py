@@ -55,7 +55,8 @@ class MoESite(Site):
 
     `tokens` is an int or the text of a symbolic size; `inner` the width between the two products; `transposed` tells that
     weights are `[E, in, out]`; `side` whether a weight multiplies what an expert gives (`out`) or what it gets (`in`). `router`
-    says in words how ids and weights came to be.
+    says in words how ids and weights came to be. With a `capacity` the site is the two halves that send tokens to places of experts
+    and bring results back: what the experts do with `hidden` numbers in between is the graph's own, and `inner` is 0.
     """
 
     tokens: int | str = 1
@@ -69,6 +70,7 @@ class MoESite(Site):
     side: str = "out"
     router: str = ""
     dtype: str = "float32"
+    capacity: int | str = 0
 
     @property
     def gated(self) -> bool:
@@ -79,12 +81,14 @@ class MoESite(Site):
 class ExpertDispatch(ABC):
     """Lower one `eff::moe_v1` call.
 
-    Subclasses are frozen dataclasses in `lowering/moe/`, one a file; all are exact up to rounding.
+    Subclasses are frozen dataclasses in `lowering/moe/`, one a file; all are exact up to rounding. Those with `capacity` lower the
+    two halves of a site with capacity instead.
     """
 
     name: ClassVar[str]
     portable: ClassVar[bool] = False
     """Whether what it inserts is standard operators alone."""
+    capacity: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, site: MoESite, target: Target) -> Answer:

@@ -29,6 +29,7 @@ def register() -> None:
         linear,
         mask_tensor,
         moe,
+        moe_capacity,
         packing,
         paged_decode,
         tiled,
@@ -49,6 +50,7 @@ def register() -> None:
         linear,
         mask_tensor,
         moe,
+        moe_capacity,
         packing,
         tiled,
     )

@@ -50,6 +50,9 @@ def alike(rows: Sequence[ExpertRow]) -> list[tuple[ExpertRow, list[str]]]:
 
 def described(site: MoESite) -> tuple[str, str, str]:
     """Return sizes, gate and routing of a site in words."""
+    if site.capacity:
+        sizes = f"S={site.tokens} k={site.top_k} E={site.experts} C={site.capacity} M={site.hidden} {site.dtype}"
+        return sizes, "one-hot dispatch with capacity", "routing and drops of the source"
     extras = [word for word, given in (("bias", site.bias), ("weights [in, out]", site.transposed)) if given]
     sizes = f"T={site.tokens} k={site.top_k} E={site.experts} H={site.hidden} I={site.inner} {site.dtype}"
     return sizes, ", ".join([str(site.gate), *extras]), site.router or "routing not known"

@@ -33,7 +33,7 @@ def with_experts(
     declined = [Decline(item.site.id, FAMILY, "raise", item.refusal, item.site.source) for item in missed]
     for site in sites:
         able: dict[str, Supported] = {}
-        for item in dispatches:
+        for item in _of_its_kind(site, dispatches):
             answer = item.supports(site, target)
             if isinstance(answer, Refusal):
                 declined.append(Decline(site.id, FAMILY, item.name, answer, site.source))
@@ -55,17 +55,21 @@ def with_experts(
     return replace(plan, graphs=(*first, made))
 
 
+def _of_its_kind(site: MoESite, dispatches: Sequence[ExpertDispatch]) -> list[ExpertDispatch]:
+    return [item for item in dispatches if item.capacity == bool(site.capacity)]
+
+
 def replay_experts(part: Plan, sites: Sequence[MoESite], target: Target, dispatches: Sequence[ExpertDispatch]) -> Plan:
     """Return the part of a plan that was given, after a look at its dispatches; raise EFF-P506 for one that cannot be followed."""
     known: Mapping[str, ExpertDispatch] = {item.name: item for item in dispatches}
     for site in sites:
-        choice = part.of(site.id, FAMILY)
+        choice, able = part.of(site.id, FAMILY), [item.name for item in _of_its_kind(site, dispatches)]
         if choice is None:
             raise EffError(
                 "EFF-P506", "the plan has no dispatch for it", site=site.id, hint="eff plan MODEL -o plan.json"
             )
-        if choice.policy not in known:
-            raise unknown("EFF-P506", "dispatch in the plan", choice.policy, known, hint="eff show plan.json")
+        if choice.policy not in able:
+            raise unknown("EFF-P506", "dispatch in the plan", choice.policy, able, hint="eff show plan.json")
         why = known[choice.policy].supports(site, target)
         if isinstance(why, Refusal):
             raise EffError(

@@ -1,4 +1,4 @@
-"""Replace every `eff::moe_v1` by the dispatch that the plan names."""
+"""Replace every `eff::moe_v1`, and the two halves of sites with capacity, by the dispatch that the plan names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, copy_graph
 
 
+def _halves() -> tuple[object, ...]:
+    return torch.ops.eff.moe_encode_v1.default, torch.ops.eff.moe_decode_v1.default
+
+
 def lower_experts(
     program: Program, plan: Plan, sites: Sequence[MoESite], dispatches: Sequence[ExpertDispatch]
 ) -> Program:
@@ -23,7 +27,7 @@ def lower_experts(
     for entry in program.entries:
         edit = Editor(copy_graph(entry.graph))
         for node in list(edit.graph.nodes):
-            if node.target is not torch.ops.eff.moe_v1.default:
+            if node.target not in (*_halves(), torch.ops.eff.moe_v1.default):
                 continue
             site = by_id[node.meta["eff.site"]]
             choice = plan.of(site.id, FAMILY)

@@ -18,6 +18,7 @@ from effcompile.core.experts import MoESite
 from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import Missed, Refusal
+from effcompile.passes.recognize import expert_capacity as capacity
 from effcompile.passes.recognize import expert_dense as dense
 from effcompile.passes.recognize import expert_order as order
 from effcompile.passes.recognize import expert_parts as parts
@@ -67,6 +68,9 @@ def recognize_experts(program: Program, name_of: Naming) -> RecognizedExperts:
                 sites.append(_raise(found, edit, names))
             elif isinstance(found, Refusal):
                 reasons[node] = found
+        made, why = capacity.raise_capacity(edit, names, program.requires_grad)
+        sites.extend(made)
+        missed.extend(Missed(names.site(node, "capacity"), refusal) for node, refusal in why.items())
         missed.extend(_missed(edit.graph, reasons, names))
         program = program.with_graph(entry, edit.finish())
     return RecognizedExperts(program, tuple(sites), tuple(missed))
@@ -302,4 +306,4 @@ def _is_raised(node: fx.Node) -> bool:
 
 
 def _concerns(node: fx.Node) -> bool:
-    return _is_raised(node) or parts.is_anchor(node) or _dense_anchor(node)
+    return _is_raised(node) or parts.is_anchor(node) or _dense_anchor(node) or capacity.brings_back(node)
