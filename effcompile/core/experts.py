@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from torch import fx
 
@@ -99,17 +99,20 @@ class ExpertDispatch(ABC):
         """Insert the dispatch before `node` and return the node of its result `[T, H]`, or `node` itself."""
 
 
-@dataclass(frozen=True)
-class ExpertsCall:
-    """Hold the arguments of an `eff::moe_v1` node by name."""
+Value = TypeVar("Value")
 
-    x: fx.Node
-    ids: fx.Node
-    weights: fx.Node
-    w1: fx.Node
-    b1: fx.Node | None
-    w2: fx.Node
-    b2: fx.Node | None
+
+@dataclass(frozen=True)
+class ExpertsCall(Generic[Value]):
+    """Hold the operands of `eff::moe_v1` by name, in the order of its schema: nodes of a graph, or tensors."""
+
+    x: Value
+    ids: Value
+    weights: Value
+    w1: Value
+    b1: Value | None
+    w2: Value
+    b2: Value | None
     act: str
     layout: str
     transposed: bool
@@ -118,11 +121,11 @@ class ExpertsCall:
     beta: float
     limit: float
 
-    @classmethod
-    def of(cls, node: fx.Node) -> ExpertsCall:
+    @staticmethod
+    def of(node: fx.Node) -> ExpertsCall[fx.Node]:
         """Read a node's arguments."""
         names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        return cls(**{**dict(zip(names, node.args)), **node.kwargs})  # type: ignore[arg-type]
+        return ExpertsCall(**{**dict(zip(names, node.args)), **node.kwargs})  # type: ignore[arg-type]
 
     @property
     def gate(self) -> Gate:

@@ -7,12 +7,14 @@ other ranks so). On CPU the compiled kernel of `native_moe.py` runs where it can
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effcompile.core.errors import EffError
-from effcompile.core.experts import ACTS, LAYOUTS
+from effcompile.core.experts import ACTS, LAYOUTS, ExpertsCall
 from effcompile.ops import native_moe
 from effcompile.ops.attention import define
 
@@ -63,23 +65,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
     return y if bias is None else y + bias
 
 
-def moe(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    layout: str,
-    transposed: bool,
-    side: str,
-    alpha: float,
-    beta: float,
-    limit: float,
-) -> Tensor:
-    """Compute the experts of a layer.
+def moe(*operands: Any) -> Tensor:
+    """Compute the experts of a layer; operands are those of `ExpertsCall`.
 
     x `[T, H]`, ids `[T, k]` (integers), weights `[T, k]` (any float), w1 `[E, 2 I, H]` (or `[E, I, H]` without a gate), w2
     `[E, H, I]`; transposed `[E, H, 2 I]` and `[E, I, H]`; biases `[E, 2 I]` and `[E, H]`. Returns `[T, H]` in x's dtype, summed in
@@ -88,29 +75,16 @@ def moe(
     Raises:
         EffError: EFF-M201 for shapes or dtypes that do not fit each other, EFF-M202 for an unknown gate.
     """
-    check(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side)
-    if native_moe.takes(x, w1, b1, w2, b2):
-        return native_moe.run(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side, alpha, beta, limit)
-    return composed(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side, alpha, beta, limit)
+    given: ExpertsCall[Tensor] = ExpertsCall(*operands)
+    check(given)
+    if native_moe.takes(given.x, given.w1, given.b1, given.w2, given.b2):
+        return native_moe.run(given)
+    return composed(given)
 
 
-def composed(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    layout: str,
-    transposed: bool,
-    side: str,
-    alpha: float,
-    beta: float,
-    limit: float,
-) -> Tensor:
+def composed(given: ExpertsCall[Tensor]) -> Tensor:
     """Compute the same with torch operations, one expert after the other."""
+    x, ids, w1, b1, w2, b2 = given.x, given.ids, given.w1, given.b1, given.w2, given.b2
     kind = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape, dtype=kind, device=x.device)
     flat = ids.reshape(-1)
@@ -122,32 +96,22 @@ def composed(
         if not count:
             continue
         tokens = slots // ids.shape[1]
-        share = weights.reshape(-1)[slots, None].to(kind)
-        rows = x[tokens] if side == "out" else (x[tokens] * share).to(x.dtype)
-        inner = product(rows, w1[expert], None if b1 is None else b1[expert], transposed)
-        inner = gated(inner, act, layout, alpha, beta, limit)
-        y = product(inner, w2[expert], None if b2 is None else b2[expert], transposed).to(kind)
-        out.index_add_(0, tokens, y * share if side == "out" else y)
+        share = given.weights.reshape(-1)[slots, None].to(kind)
+        rows = x[tokens] if given.side == "out" else (x[tokens] * share).to(x.dtype)
+        inner = product(rows, w1[expert], None if b1 is None else b1[expert], given.transposed)
+        inner = gated(inner, given.act, given.layout, given.alpha, given.beta, given.limit)
+        y = product(inner, w2[expert], None if b2 is None else b2[expert], given.transposed).to(kind)
+        out.index_add_(0, tokens, y * share if given.side == "out" else y)
     return out.to(x.dtype)
 
 
-def check(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    layout: str,
-    transposed: bool,
-    side: str,
-) -> None:
+def check(given: ExpertsCall[Tensor]) -> None:
     """Raise EFF-M201 unless the operands fit each other, EFF-M202 unless gate and side are known.
 
     Symbolic sizes are not compared.
     """
+    x, ids, weights, w1, b1, w2, b2 = given.x, given.ids, given.weights, given.w1, given.b1, given.w2, given.b2
+    act, layout, transposed, side = given.act, given.layout, given.transposed, given.side
     if act not in ACTS or layout not in LAYOUTS or side not in ("in", "out"):
         raise EffError("EFF-M202", f"no gate `{act} {layout}` with weights on the {side}put side")
     dims = (x.dim(), ids.dim(), weights.dim(), w1.dim(), w2.dim())
@@ -191,22 +155,10 @@ def _above(a: int, b: int) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a > b
 
 
-def _fake(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    layout: str,
-    transposed: bool,
-    side: str,
-    *numbers: float,
-) -> Tensor:
-    check(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side)
-    return x.new_empty(x.shape)
+def _fake(*operands: Any) -> Tensor:
+    given: ExpertsCall[Tensor] = ExpertsCall(*operands)
+    check(given)
+    return given.x.new_empty(given.x.shape)
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effcompile.core.experts import ACTS
+from effcompile.core.experts import ACTS, ExpertsCall
 from effcompile.ops import native
 
 _LAYOUTS = ("none", "concat", "interleaved")  # numbered as in C++
@@ -16,34 +16,22 @@ def takes(*tensors: Tensor | None) -> bool:
     return native.runs(native.EXPERTS, *(t for t in tensors if t is not None))
 
 
-def run(
-    x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    act: str,
-    layout: str,
-    transposed: bool,
-    side: str,
-    alpha: float,
-    beta: float,
-    limit: float,
-) -> Tensor:
+def run(given: ExpertsCall[Tensor]) -> Tensor:
     """Run `eff_moe` on the operands of `eff::moe_v1`. A weight is read as it lies, by rows or by columns; others are copied."""
+    x, transposed = given.x, given.transposed
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    inner = w2.shape[1 if transposed else 2]
-    (w1, turned1), (w2, turned2) = _as_it_lies(w1, transposed), _as_it_lies(w2, transposed)
-    x, share = x.contiguous(), weights.to(torch.float32).contiguous()
-    ids = ids.to(torch.int64).contiguous()
-    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
-    sizes = [x.shape[0], ids.shape[1], w1.shape[0], x.shape[1], inner, ACTS.index(act), _LAYOUTS.index(layout)]
-    sizes += [side == "in", turned1, turned2, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2]]
-    native.call(native.EXPERTS, "eff_moe", x.dtype, sizes, (x, ids, share, w1, b1, w2, b2, out), alpha, beta, limit)
+    inner = given.w2.shape[1 if transposed else 2]
+    (w1, turned1), (w2, turned2) = _as_it_lies(given.w1, transposed), _as_it_lies(given.w2, transposed)
+    x, share = x.contiguous(), given.weights.to(torch.float32).contiguous()
+    ids = given.ids.to(torch.int64).contiguous()
+    b1, b2 = (None if b is None else b.contiguous() for b in (given.b1, given.b2))
+    sizes = [x.shape[0], ids.shape[1], w1.shape[0], x.shape[1], inner]
+    sizes += [ACTS.index(given.act), _LAYOUTS.index(given.layout), given.side == "in"]
+    sizes += [turned1, turned2, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2]]
+    operands = (x, ids, share, w1, b1, w2, b2, out)
+    native.call(native.EXPERTS, "eff_moe", x.dtype, sizes, operands, given.alpha, given.beta, given.limit)
     return out
 
 

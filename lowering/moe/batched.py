@@ -53,7 +53,7 @@ def fetched(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    call: ExpertsCall,
+    call: ExpertsCall[fx.Node],
 ) -> Tensor:
     """Compute the experts of a layer with fetched weights."""
     kind = torch.promote_types(x.dtype, torch.float32)

@@ -51,7 +51,7 @@ def everywhere(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    call: ExpertsCall,
+    call: ExpertsCall[fx.Node],
 ) -> Tensor:
     """Compute all experts on all tokens and keep what was chosen."""
     kind = torch.promote_types(x.dtype, torch.float32)

@@ -49,7 +49,7 @@ def by_groups(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    call: ExpertsCall,
+    call: ExpertsCall[fx.Node],
 ) -> Tensor:
     """Compute the experts of a layer on tokens sorted by expert."""
     kind = torch.promote_types(x.dtype, torch.float32)

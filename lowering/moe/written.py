@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from effcompile.core.experts import ExpertsCall
 from effcompile.core.rewrite import Editor
 
-Body = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, ExpertsCall], Tensor]
+Body = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, ExpertsCall[fx.Node]], Tensor]
 """x `[T, H]`, ids and weights `[T, k]`, w1, b1, w2, b2 as in `eff::moe_v1`, and the call with its gate; returns `[T, H]`."""
 
 

@@ -29,9 +29,9 @@ gates = st.builds(
 
 def bodies(given: support.Experts) -> list[torch.Tensor]:
     """Return what the op, and its body in torch operations, give."""
-    found = [torch.ops.eff.moe_v1(*given.args), moe.composed(*given.args)]
+    found = [torch.ops.eff.moe_v1(*given.args), moe.composed(given.call)]
     if native_moe.takes(given.x):
-        found.append(native_moe.run(*given.args))
+        found.append(native_moe.run(given.call))
     return found
 
 
@@ -75,7 +75,7 @@ def test_narrow_dtypes_lose_no_more_than_eager(
 ) -> None:
     made = support.make(90, hidden, inner, experts, min(2, experts), gate, bias=True, transposed=transposed).to(dtype)
     exact = support.oracle(made)
-    eager = support.error(moe.composed(*made.args), exact)
+    eager = support.error(moe.composed(made.call), exact)
     assert support.error(torch.ops.eff.moe_v1(*made.args), exact) <= max(eager, 4e-3)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effcompile.core.experts import Gate
+from effcompile.core.experts import ExpertsCall, Gate
 
 SILU = Gate()
 
@@ -36,6 +36,11 @@ class Experts:
         gate = self.gate
         tensors = (self.x, self.ids, self.weights, self.w1, self.b1, self.w2, self.b2)
         return (*tensors, gate.act, gate.layout, self.transposed, self.side, gate.alpha, gate.beta, gate.limit)
+
+    @property
+    def call(self) -> ExpertsCall[Tensor]:
+        """Return the same by name."""
+        return ExpertsCall(*self.args)
 
     def to(self, dtype: torch.dtype) -> Experts:
         """Return the same in another dtype; weights of tokens stay in float32."""
