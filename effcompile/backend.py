@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from effcompile import report
+from effcompile.capture.calls import called_path
 from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
@@ -85,8 +86,10 @@ def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: O
     try:
         with paused(), report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
-            if module := unprepared(program):
-                report.looped(module, program.breaks[0].source)
+            inside = unprepared(program)
+            if inside is not None:
+                path = ".".join(part for part in (called_path(), inside) if part)
+                report.looped(path, program.breaks[0].source)
             target = target_of(options, program.device)
             clock.lap("capture")
             compiled = compile_program(program, target, options, _dump(), _fuel())

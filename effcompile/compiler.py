@@ -164,8 +164,8 @@ def compile_program(
     )
 
 
-def unprepared(program: Program) -> str:
-    """Return the module whose loop over experts broke a graph, '' where none did."""
+def unprepared(program: Program) -> str | None:
+    """Return the module, within that of the graph, whose loop over experts broke a graph; None where none did."""
     return loop_behind(program, _locate)
 
 

@@ -99,9 +99,10 @@ def failed(error: Exception) -> None:
 def looped(module: str, source: str) -> None:
     """Count a graph that a loop over experts cut off, and say what mends it."""
     _LOG.counters["loops over experts"] += 1
+    of = f"`{module}`" if module else "the model"
     _LOG.notices.append(
-        f"EFF-M301 the experts of `{module}` run outside the graphs: their loop breaks the graph at {source or '?'}; "
-        "next: eff.prepare(model) before torch.compile"
+        f"EFF-M301 the experts of {of} run outside the graphs: their loop breaks the graph at {source or '?'}; "
+        "next: model = eff.prepare(model), before torch.compile"
     )
 
 
