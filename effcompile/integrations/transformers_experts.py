@@ -9,6 +9,7 @@ outside the registry get a forward of their own (experts/catalog.py); what nothi
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from effcompile import ops
 from effcompile.core.errors import EffError
 from effcompile.core.site import Refusal
-from effcompile.integrations.experts.attach import ExpertsWarning
+from effcompile.integrations.experts.attach import ExpertsWarning, untouchable
 from effcompile.integrations.experts.catalog import replacement
 from effcompile.modules import expert_modules
 from effcompile.ops import native
@@ -68,8 +69,9 @@ def prepare_experts(model: nn.Module) -> tuple[tuple[str, Refusal], ...]:
     """
     kept: list[tuple[str, Refusal]] = []
     known = [(path, module, how) for path, module in model.named_modules() if (how := replacement(module)) is not None]
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module, how in known:
-        if (why := how(module)) is not None:
+        if (why := untouchable(module, uses) or how(module)) is not None:
             kept.append((path, why))
     inside = {id(part) for _, module, _ in known for part in module.modules()}
     left = [(path, module) for path, module in expert_modules(model) if id(module) not in inside]

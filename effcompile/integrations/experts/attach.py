@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,22 @@ Again = Callable[[nn.Module], Refusal | None]
 
 class ExpertsWarning(UserWarning):
     """Tell that the experts of a class stay as they are."""
+
+
+def untouchable(module: nn.Module, uses: Mapping[int, int]) -> Refusal | None:
+    """Return why a module cannot be replaced, whatever its class; `uses` counts the places of a parameter in a model, by its id."""
+    kind = type(module).__name__
+    for part in module.modules():
+        if "forward" in vars(part) and "_eff_method" not in vars(part):
+            return Refusal("EFF-M302", f"the forward of {type(part).__name__} was replaced by something else already")
+    for parameter in module.parameters():
+        if type(parameter) is not nn.Parameter:
+            return Refusal(
+                "EFF-M302", f"the weights of {kind} are quantized or distributed ({type(parameter).__name__})"
+            )
+        if uses.get(id(parameter), 1) > 1:
+            return Refusal("EFF-M302", f"{kind} shares a weight with another place of the model")
+    return None
 
 
 def attach(

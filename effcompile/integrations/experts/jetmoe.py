@@ -72,9 +72,9 @@ def _routed(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, A
     logits = self.layer(hidden_states).float()
     chosen, ids = logits.topk(self.top_k, dim=1)
     gates = torch.softmax(chosen, dim=1).type_as(hidden_states)
-    hit = torch.zeros_like(logits).scatter(1, ids, 1)
-    counts = hit.long().sum(0)
-    _, order = ids.flatten().sort(0)
+    flat = ids.flatten()
+    counts = flat.new_zeros(self.num_experts).scatter_add(0, flat, torch.ones_like(flat))
+    _, order = flat.sort(0)
     return order, order.div(self.top_k, rounding_mode="trunc"), gates.flatten()[order], counts, logits
 
 

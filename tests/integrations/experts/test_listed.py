@@ -304,3 +304,16 @@ def test_experts_that_differ_are_refused() -> None:
     why = listed.prepare(tied)
     assert why is not None
     assert "share a parameter" in why.reason
+
+
+def test_weights_of_two_places_and_forwards_of_others_are_refused() -> None:
+    one, two = made(), made(seed=1)
+    two.experts[3].down_proj.weight = one.experts[3].down_proj.weight
+    model = nn.ModuleDict({"a": one, "b": two})
+    with pytest.warns(ExpertsWarning, match="shares a weight with another place"):
+        kept = prepare_experts(model)
+    assert [path for path, _ in kept] == ["a", "b"]
+    hooked = made()
+    hooked.experts[1].forward = hooked.experts[1].forward
+    with pytest.warns(ExpertsWarning, match="Gated was replaced by something else"):
+        prepare_experts(hooked)
