@@ -226,26 +226,43 @@ def einsum_letters(node: Any) -> tuple[str, str, str] | None:
     return (left, right, result) if plain else None
 
 
-def _einsum(node: fx.Node, seen: Seen) -> Product:
-    """Read `td,edf->etf`, `etf,efd->etd` and the like: all experts on all tokens."""
+@dataclass(frozen=True)
+class Einsum:
+    """Hold the operands of an einsum of all tokens with the weights of experts: `transposed` where those are `[E, in, out]`."""
+
+    rows: fx.Node
+    weight: fx.Node
+    transposed: bool
+    order: str
+    rows_order: str
+
+
+def einsum_of_experts(node: fx.Node) -> Einsum | None:
+    """Read the letters of `td,edf->etf`, `etf,efd->etd` and the like; None for other nodes."""
     letters = einsum_letters(node)
-    left, right, result = letters or ("", "", "")
+    if letters is None:
+        return None
+    left, right, result = letters
     for row, column, (rows, weight) in ((left, right, node.args[1]), (right, left, node.args[1][::-1])):  # type: ignore[index, misc]
         depth, token = set(row) & set(column) - set(result), set(row) - set(column)
         expert = (set(column) & set(result)) - set(result[-1:])
         one_each = len(depth) == len(token) == len(expert) == 1 and len(column) == len(result) == 3
-        if (
-            not one_each
-            or row[-1] not in depth
-            or {column[0]} != expert
-            or set(result) != {*token, *expert, result[-1]}
-        ):
-            continue
-        names = {column[0]: "e", token.pop(): "t"}
-        order, rows_order = ("".join(names[letter] for letter in item[:-1]) for item in (result, row))
-        found, turned = _weight(weight, node, seen)  # as the right factor of a product, [E, in, out]
-        return Product(rows, found, None, turned == (column[1] in depth), "dense", order, rows_order)
-    raise Stop("EFF-M104", f"`{node.args[0]}` is no product of all tokens with the weights `[E, .., ..]` of experts")
+        known = one_each and {column[0]} == expert and set(result) == {*token, *expert, result[-1]}
+        if known and row[-1] in depth:
+            names = {column[0]: "e", token.pop(): "t"}
+            order, rows_order = ("".join(names[letter] for letter in item[:-1]) for item in (result, row))
+            return Einsum(rows, weight, column[1] in depth, order, rows_order)
+    return None
+
+
+def _einsum(node: fx.Node, seen: Seen) -> Product:
+    found = einsum_of_experts(node)
+    if found is None:
+        raise Stop(
+            "EFF-M104", f"`{node.args[0]}` is no product of all tokens with the weights `[E, .., ..]` of experts"
+        )
+    weight, turned = _weight(found.weight, node, seen)  # as the right factor of a product, [E, in, out]
+    return Product(found.rows, weight, None, turned == found.transposed, "dense", found.order, found.rows_order)
 
 
 def _bias(node: Any, made: Product, reader: fx.Node, seen: Seen) -> fx.Node:

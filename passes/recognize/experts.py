@@ -79,6 +79,8 @@ def recognize_experts(program: Program, name_of: Naming) -> RecognizedExperts:
 def match_experts(node: fx.Node, graph: fx.Graph) -> Match | Refusal | None:
     """Return the mixture of experts whose sum is `node`; None where no product with 3-D weights is behind it."""
     summed = op_name(node) == "sum" and len(parts.dims(node)) == 1 and not parts.keeps(node)
+    # What a token's experts give has three dimensions; sums of two count tokens, as the router of a next layer does.
+    summed = summed and len(shape(node.args[0])) == 3 and node.meta["val"].is_floating_point()  # type: ignore[arg-type]
     if not (summed or dense.is_combine(node)) or not _leads_to_experts(node):
         return None
     seen = Seen([node])
@@ -289,9 +291,9 @@ def _leads_to_experts(node: fx.Node, steps: int = 24) -> bool:
 
 def _dense_anchor(node: fx.Node) -> bool:
     """Tell whether a node multiplies in batches by an input of the graph `[E, out, in]`."""
-    letters = parts.einsum_letters(node)
-    if letters is not None:
-        return len(letters[2]) == 3 and any(_stacked(item) for item in node.all_input_nodes)
+    einsum = parts.einsum_of_experts(node)
+    if einsum is not None:
+        return _stacked(einsum.weight)
     return op_name(node) in ("bmm", "baddbmm") and _stacked(node.args[-1])
 
 

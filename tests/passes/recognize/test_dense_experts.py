@@ -186,3 +186,12 @@ def test_llama_4_s_block_is_raised_as_it_is() -> None:
         assert support.error(found, block(x)[0].double()) < 1e-5
     (site,) = eff.report()["graphs"][-1]["experts"]
     assert (site["side"], site["idiom"], site["router"]) == ("in", "dense", "top 1, sigmoid of the chosen")
+
+
+def test_an_einsum_of_an_input_is_no_mixture() -> None:
+    def pooled(x: Tensor, w: Tensor) -> Tensor:
+        return torch.einsum("bsd,de->bse", x, w).relu().sum(1)
+
+    found = recognized(pooled, torch.randn(2, T, H), torch.randn(H, INNER))
+    assert not found.sites
+    assert not found.missed

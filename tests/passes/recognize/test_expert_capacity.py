@@ -180,17 +180,21 @@ def test_a_result_that_nobody_sent_stays() -> None:
     assert [item.refusal.code for item in found.missed] == ["EFF-M107"]
 
 
-def test_compiled_it_is_one_graph_and_one_site() -> None:
+def test_compiled_layers_are_one_graph_and_a_site_each() -> None:
     import effcompile as eff
 
-    run, args = layer(top2, 6), operands(40)
-    options = {"strict": True, "require": {"moe": "all"}}
+    def run(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        x = x + layer(top2, 6)(x, logits, w1, w2)
+        return x + layer(top2, 9)(x, x[:, :E] - logits, w1, w2)
+
+    args = operands(40)
+    options = {"strict": True, "require": {"moe": "all"}, "emit": "interpreter"}
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(run, backend="eff", fullgraph=True, options=options)(*args)
     assert support.error(found, run(*(t.double() for t in args))) < 1e-5
-    (site,) = eff.report()["graphs"][-1]["experts"]
-    assert (site["dispatch"], site["capacity"]) == ("capacity", 6)
+    sites = eff.report()["graphs"][-1]["experts"]
+    assert [(site["dispatch"], site["capacity"]) for site in sites] == [("capacity", 6), ("capacity", 9)]
 
 
 @pytest.mark.parametrize("fixed", [True, False])
