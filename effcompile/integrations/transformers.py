@@ -137,8 +137,9 @@ def prepare(
     Experts are prepared always (integrations/transformers_experts.py), the cache where `kv` or `evict` asks for it.
 
     Args:
-        model: a transformers model, for `kv` and `evict` one that generates text, changed in place; or an ExportedProgram whose
-            caches are its own buffers, of which a module with packed buffers is made (`integrations/exported.py`).
+        model: a transformers model, for `kv` and `evict` one that generates text, or any model with loops over a list of experts,
+            changed in place; or an ExportedProgram whose caches are its own buffers, of which a module with packed buffers is made
+            (`integrations/exported.py`).
         kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None stores tokens as they are.
         evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
         own cache
@@ -153,11 +154,11 @@ def prepare(
     """
     if isinstance(model, torch.export.ExportedProgram):
         return _exported(model, kv, evict)
-    _require()
-    prepare_experts(model)
+    prepare_experts(model)  # of any model: loops over a list of experts are not transformers' alone
     if kv is None and evict is None and attention is None:
         model.__dict__.pop("_eff_kv", None)
         return model
+    _require()
     from effcompile.integrations.transformers_cache import build, classes
 
     form = read_format("plain" if kv is None else kv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -317,3 +318,15 @@ def test_weights_of_two_places_and_forwards_of_others_are_refused() -> None:
     hooked.experts[1].forward = hooked.experts[1].forward
     with pytest.warns(ExpertsWarning, match="Gated was replaced by something else"):
         prepare_experts(hooked)
+
+
+def test_a_model_of_its_own_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = made()
+    wanted = exact(block)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    eff.prepare(block)
+    with torch.no_grad():
+        assert support.error(block(X), wanted) < 1e-5
+    assert "forward" in vars(block)
+    with pytest.raises(eff.EffError, match="EFF-U104"):
+        eff.prepare(block, kv="plain")
