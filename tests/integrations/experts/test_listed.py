@@ -91,6 +91,45 @@ class Static(Block):
         return final_hidden_states.type(hidden_states.dtype)
 
 
+class All(Block):
+    """Loops over all experts and skips those without tokens, as OLMoE's and PhiMoE's blocks before transformers 5."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch_size, sequence_length, hidden_dim = hidden_states.shape
+        hidden_states = hidden_states.view(-1, hidden_dim)
+        routing_weights, selected_experts = self.route(hidden_states)
+        final = torch.zeros((batch_size * sequence_length, hidden_dim), dtype=hidden_states.dtype)
+        expert_mask = torch.nn.functional.one_hot(selected_experts, num_classes=self.num_experts).permute(2, 1, 0)
+        for expert_idx in range(self.num_experts):
+            expert_layer = self.experts[expert_idx]
+            idx, top_x = torch.where(expert_mask[expert_idx])
+            if top_x.shape[0] == 0:
+                continue
+            current_state = hidden_states[None, top_x].reshape(-1, hidden_dim)
+            current_hidden_states = expert_layer(current_state) * routing_weights[top_x, idx, None]
+            final.index_add_(0, top_x, current_hidden_states.to(hidden_states.dtype))
+        return final.reshape(batch_size, sequence_length, hidden_dim)
+
+
+class Listed(Block):
+    """Makes the mask without gradients, loops over numbers, and weights in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, x.shape[-1])
+        weights, ids = self.route(rows)
+        out = torch.zeros_like(rows)
+        with torch.no_grad():
+            mask = F.one_hot(ids, self.num_experts)
+            mask = mask.permute(2, 1, 0)
+            hit = (mask.sum(dim=(-1, -2)) > 0).nonzero().flatten().tolist()
+        for e in hit:
+            idx, tokens = torch.where(mask[e])
+            y = self.experts[e](rows[tokens])
+            y *= weights[tokens, idx].unsqueeze(-1)
+            out.index_add_(0, tokens, y)
+        return out.view(*x.shape)
+
+
 class Squared(Block):
     """Weights enter squared."""
 
@@ -178,6 +217,15 @@ def test_a_prepared_block_computes_the_same_in_one_graph(kind: Any, expert: Any)
     (site,) = [site for graph in eff.report()["graphs"] for site in graph["experts"]][-1:]
     assert (site["idiom"], site["experts"], site["router"]) == ("eff.prepare", 5, "softmax, top 2, renormalized")
     assert not eff.explain(block, X, target="cpu").experts_kept
+
+
+@pytest.mark.parametrize("kind", [All, Listed])
+def test_other_ways_to_loop_are_read(kind: Any) -> None:
+    block = made(kind)
+    assert prepare_experts(block) == ()
+    assert "forward" in vars(block)
+    with torch.no_grad():
+        assert support.error(block(X), exact(block)) < 1e-5
 
 
 def test_weights_have_one_place_and_the_same_names() -> None:
