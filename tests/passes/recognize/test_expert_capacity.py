@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,28 @@ def test_near_misses_stay_and_say_why(gate: Any) -> None:
     assert not found.sites
     assert [item.refusal.code for item in found.missed] == ["EFF-M107"]
     torch.testing.assert_close(found.program.entries[0].graph(*args), run(*args))
+
+
+def test_what_is_written_before_tokens_are_sent_keeps_the_source() -> None:
+    def run(x: Tensor, weight: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight * 1.0
+        combine = torch.einsum("s,se,sc->sec", weight, F.one_hot(ids, E).float(), F.one_hot(places, 3).float())
+        weight.mul_(0.0)
+        y = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
+        return torch.einsum("sec,ecm->sm", combine, y), weight
+
+    args = (torch.randn(3, M), torch.rand(3) + 0.5, torch.tensor([0, 1, 1]), torch.tensor([0, 0, 2]))
+    found = recognized(run, *args)
+    assert [item.refusal.code for item in found.missed] == ["EFF-M106"]
+    for made, wanted in zip(found.program.entries[0].graph(*args), run(*args)):
+        assert torch.equal(made, wanted)
+
+
+def test_a_graph_that_needs_gradients_keeps_the_source() -> None:
+    program = RemoveIdentities().run(trace(layer(top2, 5), operands(17)), Plan.single("cpu")).program
+    found = recognize_experts(replace(program, requires_grad=True), lambda node: ("", ""))
+    assert not found.sites
+    assert [item.refusal.code for item in found.missed] == ["EFF-A301"]
 
 
 def test_a_result_that_nobody_sent_stays() -> None:
