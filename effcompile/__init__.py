@@ -8,6 +8,7 @@ Importing this package imports neither transformers nor ONNX nor TensorRT, and t
 from effcompile.backend import FallbackWarning, backend
 from effcompile.core.errors import EffError
 from effcompile.explaining import explain
+from effcompile.exporting import export, load
 from effcompile.integrations.transformers import kv_cache, prepare
 from effcompile.integrations.transformers_ranges import calibrate_kv
 from effcompile.report import summary as report
@@ -22,7 +23,9 @@ __all__ = [
     "backend",
     "calibrate_kv",
     "explain",
+    "export",
     "kv_cache",
+    "load",
     "off",
     "prepare",
     "report",

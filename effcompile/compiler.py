@@ -246,7 +246,7 @@ def _phase(passes: Sequence[Pass], phase: str) -> list[Pass]:
 
 
 def catalog(target: Target | None = None) -> Kernels:
-    """Return every kernel, of raised attention and of the ops that policies insert; for a portable target those that it can hold."""
+    """Return every kernel, of attention and of the ops that policies insert; for a portable target those that it can hold."""
     exact = tuple(kernel for kernel in all_kernels() if kernel.portable or target is None or not target.portable)
     found = discover.classes(SparseKernel, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
     sparse = () if target is not None and target.portable else tuple(cls() for cls in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,36 @@ def capture_export(exported: torch.export.ExportedProgram, name: str = "forward"
     first = next((n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
     device = "cpu" if first is None else first.device.type
     return Program((Entry(name, module, tuple(inputs)),), "export", (), training, device)
+
+
+def restore_export(exported: torch.export.ExportedProgram, program: Program) -> torch.export.ExportedProgram:
+    """Return the exported program with its graph replaced by that of a program that `capture_export` made of it.
+
+    The inputs must be the same, in the same order; outputs may be computed by other nodes.
+    """
+    graph, signature = program.entries[0].graph, exported.graph_signature
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    assert names == [spec.arg.name for spec in signature.input_specs], (
+        "a rewrite changed the inputs of an exported program"
+    )
+    outputs = next(iter(graph.graph.find_nodes(op="output"))).args[0]
+    specs = [
+        replace(spec, arg=replace(spec.arg, name=node.name))
+        if isinstance(node, fx.Node) and hasattr(spec.arg, "name")
+        else spec
+        for spec, node in zip(signature.output_specs, outputs, strict=True)
+    ]
+    return torch.export.ExportedProgram(
+        root=graph,
+        graph=graph.graph,
+        graph_signature=replace(signature, output_specs=specs),
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
 
 
 def _kind(node: fx.Node, spec: Any) -> InputKind:

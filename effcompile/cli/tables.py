@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from effcompile.cli.console import bad, dim, good, table
+from effcompile.core.artifact import Manifest
 from effcompile.core.plan import GraphPlan, Plan
 from effcompile.numerics import GraphLedger
 from effcompile.planning.caches import alike, described
@@ -208,3 +209,16 @@ def draw_rows(title: str, rows: Sequence[Row]) -> Text | object:
     ]
     columns = ("after", "adds, max abs", "max abs", "RMSE to fp64", "RMSE of eager", "")
     return table(title, columns, listed, right=columns[1:5])
+
+
+def draw_artifact(out: Console, manifest: Manifest) -> None:
+    """Print what is in an artifact: its tensors, what became of the sites, and its files."""
+    out.print(f"{manifest.model} as {manifest.form} for {manifest.target}, plan {manifest.plan_hash[:12]}")
+    sides = (("in", manifest.inputs), ("out", manifest.outputs))
+    tensors = [[kind, x.name, x.dtype, " x ".join(map(str, x.shape))] for kind, side in sides for x in side]
+    out.print(table("Inputs and outputs", ("", "name", "dtype", "shape"), tensors))
+    if manifest.sites:
+        rows = [[site.site, site.status, site.form, site.reason] for site in manifest.sites]
+        out.print(table("Sites", ("site", "status", "form", "reason"), rows))
+    files = [[name, f"{e.bytes:,}", e.sha256[:12], "machine code" if e.native else ""] for name, e in manifest.files]
+    out.print(table("Files", ("file", "bytes", "sha256", ""), files, right=("bytes",)))

@@ -1,0 +1,69 @@
+"""Run an ONNX file with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effcompile.core.errors import EffError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+class Session:
+    """Hold a loaded model; calls take and give CPU tensors."""
+
+    def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
+        runtime = _runtime()
+        word = PROVIDERS[provider]
+        if word not in runtime.get_available_providers():
+            have = ", ".join(name for name, full in PROVIDERS.items() if full in runtime.get_available_providers())
+            raise EffError(
+                "EFF-E112", f"ONNX Runtime here has no {provider}; it has {have}", hint="pip install 'effcompile[gpu]'"
+            )
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = runtime.InferenceSession(str(path), options, providers=[word])
+        except Exception as error:
+            raise EffError("EFF-E111", f"ONNX Runtime does not load {path.name}: {_told(error)}") from error
+        self.inputs: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(item.name for item in self._session.get_outputs())
+
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return every output by its name.
+
+        Raises:
+            EffError: EFF-E111 for a missing or an unknown input, and where ONNX Runtime fails, with its words.
+        """
+        if missing := [name for name in self.inputs if name not in given]:
+            raise EffError("EFF-E111", f"input `{missing[0]}` is missing; the model takes {', '.join(self.inputs)}")
+        if odd := [name for name in given if name not in self.inputs]:
+            raise EffError("EFF-E111", f"the model has no input `{odd[0]}`; it takes {', '.join(self.inputs)}")
+        try:
+            found: Sequence[Any] = self._session.run(
+                None, {name: x.detach().cpu().numpy() for name, x in given.items()}
+            )
+        except Exception as error:
+            raise EffError("EFF-E111", f"ONNX Runtime fails: {_told(error)}") from error
+        return {name: torch.from_numpy(x) for name, x in zip(self.outputs, found, strict=True)}
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EffError(
+            "EFF-E112", f"ONNX Runtime is not installed: {error}", hint="pip install 'effcompile[onnx]'"
+        ) from None
+    return onnxruntime
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[-400:]

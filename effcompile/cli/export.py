@@ -1,0 +1,67 @@
+"""Write a model to files that run without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effcompile.cli import parameters as given
+from effcompile.cli.console import dim, good, print_json, progress, stdout
+from effcompile.cli.models import load_model
+from effcompile.cli.tables import draw_artifact
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write, or a file that ends in .zip.")]
+To = Annotated[str, typer.Option("--to", help="The form: onnx.")]
+Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 23.")]
+Static = Annotated[bool, typer.Option("--static", help="Fix every size to the given call's.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
+Dropped = Annotated[bool, typer.Option("--allow-dropped", help="Accept sites whose policy has no form there.")]
+
+
+def export(
+    model: given.Model,
+    out: Out,
+    to: To = "onnx",
+    shape: given.Shape = "",
+    dtype: given.Dtype = "",
+    attention: given.Attention = None,
+    option: given.OptionList = None,
+    opset: Opset = 20,
+    static: Static = False,
+    allow_dropped: Dropped = False,
+    force: Force = False,
+    as_json: given.AsJson = False,
+) -> int:
+    """Export a model, and check the result against eager before anything is written.
+
+    The sizes of --shape may vary later unless --static is given; torch.export fixes a size of 1, so they are 2 and 16 by default.
+    """
+    from effcompile.exporting import export as export_model
+
+    sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
+    with progress("loading", quiet=as_json) as say:
+        loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
+        made = export_model(
+            loaded.model,
+            loaded.args,
+            loaded.kwargs,
+            to=to,
+            out=out,
+            options=given.parse_options(option, None, None, attention),
+            opset=opset,
+            dynamic=not static,
+            allow_dropped=allow_dropped,
+            force=force,
+            name=loaded.name,
+            say=say,
+        )
+    if as_json:
+        print_json(made.to_json())
+        return 0
+    draw_artifact(stdout(), made)
+    worst = max((check.error for check in made.checks), default=0.0)
+    stdout().print(good(f"wrote {out}: {len(made.checks)} comparisons with eager, the largest error {worst:.1e}"))
+    stdout().print(dim(f"next: eff run {out} --input inputs.npz, or effcompile.load({str(out)!r})"))
+    return 0

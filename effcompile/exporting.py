@@ -1,0 +1,267 @@
+"""Export a model to files that run without it: the same plan decides, each site is accounted for, and the result is checked.
+
+    eff.export(model, args, to="onnx", out="out/")
+
+Today the form is ONNX: the program is captured by torch.export with sizes that may vary, its exact rewrites run for a target
+whose graphs hold standard operators alone, torch translates it, and ONNX Runtime must give eager's numbers at two values of
+every size that varies before anything is at `out`. A policy that was asked for and has no form there is an error, unless
+`allow_dropped` is given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from effcompile.capture.export import capture_export, restore_export
+from effcompile.codegen.onnx.graph import FILE, OPSET, OPSETS, write_onnx
+from effcompile.codegen.onnx.session import Session
+from effcompile.compiler import Compiled, compile_program
+from effcompile.core.artifact import Check, Manifest, SiteForm
+from effcompile.core.bundle import read_artifact, writing
+from effcompile.core.dump import Dump
+from effcompile.core.errors import ContractError, EffError, unknown
+from effcompile.core.options import Options
+from effcompile.core.policy import SITE_FAMILIES
+from effcompile.core.program import Program
+from effcompile.core.target import Target
+from effcompile.targets.detect import detect_cpu
+
+TO = ("onnx",)
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
+_PACKAGES = ("effcompile", "torch", "onnx", "onnxscript", "onnxruntime")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Hold a model's call as flat tensors: `sizes` names what may vary in each of them, None where a size is fixed."""
+
+    names: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    sizes: tuple[tuple[str | None, ...], ...]
+
+    def hints(self) -> dict[str, int]:
+        """Return the sizes of the given call."""
+        return {s: n for x, row in zip(self.values, self.sizes, strict=True) for n, s in zip(x.shape, row) if s}
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return the tensors at other sizes: their content is repeated, or cut."""
+        made = []
+        for value, row in zip(self.values, self.sizes, strict=True):
+            for dim, name in enumerate(row):
+                if name and sizes[name] != value.shape[dim]:
+                    value = value.index_select(dim, torch.arange(sizes[name]) % value.shape[dim])
+            made.append(value)
+        return tuple(made)
+
+
+def export(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    to: str,
+    out: str | Path,
+    options: Mapping[str, Any] | None = None,
+    opset: int = OPSET,
+    dynamic: bool = True,
+    allow_dropped: bool = False,
+    force: bool = False,
+    name: str = "",
+    say: Say = lambda text: None,
+) -> Manifest:
+    """Write a model to a folder, or to a zip where `out` ends so, and return what its manifest says.
+
+    Args:
+        model: a module in eval mode, or an ExportedProgram.
+        args, kwargs: the arguments of one call; sizes of at least 2 may vary later.
+        to: `onnx`. out: where the artifact goes. options: as for torch.compile. opset: of ONNX, 18 to 23.
+        dynamic: let every size vary that the model lets vary. allow_dropped: accept sites whose policy has no form there.
+        force: replace an artifact. name: what to call the model. say: hears what is being done.
+
+    Raises:
+        EffError: EFF-E101 where something is at `out`; EFF-E109 where an operator has no form; EFF-E110 where ONNX Runtime gives
+            other numbers than eager; EFF-E114 where torch.export cannot capture the model.
+        ContractError: EFF-E108 for policies that have no form there.
+    """
+    if to not in TO:
+        raise unknown("EFF-E113", "form of an export", to, TO)
+    if opset not in OPSETS:
+        raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
+    asked = Options.parse({**(options or {}), "strict": True})
+    target = Target(detect_cpu(), to)
+    with torch.no_grad(), writing(Path(out), force=force) as draft:
+        say("capturing")
+        exported = _captured(model, tuple(args), dict(kwargs or {}), dynamic)
+        program = capture_export(exported)
+        say("rewriting")
+        compiled = compile_program(program, target, asked, Dump(None))
+        sites = tuple(_forms(compiled, asked, target))
+        if (dropped := [site for site in sites if site.status == "dropped"]) and not allow_dropped:
+            told = "; ".join(f"{site.site}: {site.form}: {site.reason}" for site in dropped[:3])
+            raise ContractError(
+                "EFF-E108", f"{len(dropped)} choices have no form in {to}: {told}", hint="--allow-dropped"
+            )
+        say("translating")
+        lowered = restore_export(exported, compiled.program)
+        inputs, outputs = write_onnx(lowered, draft.folder, opset)
+        draft.file("plan.json").write_text(compiled.plan.to_json() + "\n", encoding="utf-8")
+        say("checking")
+        call = _call_of(exported, program)
+        checks = _checked(exported, call, draft.folder / FILE)
+        draft.manifest = Manifest(
+            form="onnx",
+            model=name or type(model).__name__,
+            target=str(target),
+            plan_hash=compiled.plan.hash,
+            versions=tuple((package, _version(package)) for package in _PACKAGES),
+            inputs=inputs,
+            outputs=outputs,
+            sites=sites,
+            checks=checks,
+            details=(("opset", str(opset)), ("flavor", "portable")),
+        )
+        say("writing")
+    with read_artifact(Path(out)) as made:
+        return made.manifest
+
+
+def load(path: str | Path, *, provider: str = "cpu", threads: int | None = None) -> Session:
+    """Check an artifact and return what runs it: a call takes tensors by input name and returns outputs by name.
+
+    Raises:
+        EffError: as `read_artifact`; EFF-E111 and EFF-E112 where ONNX Runtime cannot load it.
+    """
+    with read_artifact(Path(path)) as found:
+        if found.manifest.form != "onnx":
+            raise EffError("EFF-E112", f"{found.manifest.form} does not run here; onnx does")
+        return Session(found.file(FILE), provider, threads)
+
+
+def compare(
+    session: Session, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[float, torch.dtype]]:
+    """Run an artifact and its model on one call; return for each output its error and the model's dtype.
+
+    Raises:
+        EffError: EFF-E110 where they have not the same number of outputs, EFF-E111 where the artifact does not take the call.
+    """
+    with torch.no_grad():
+        wanted = [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+    tensors = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
+    return _errors(session, tensors, wanted)
+
+
+def _errors(
+    session: Session, tensors: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> dict[str, tuple[float, torch.dtype]]:
+    if len(tensors) != len(session.inputs):
+        raise EffError("EFF-E111", f"the call has {len(tensors)} tensors, the artifact takes {len(session.inputs)}")
+    values = session(dict(zip(session.inputs, tensors, strict=True)))
+    if len(values) != len(wanted):
+        raise EffError("EFF-E110", f"the export has {len(values)} outputs, the model {len(wanted)}")
+    return {n: (_error(x, exact), exact.dtype) for (n, x), exact in zip(values.items(), wanted, strict=True)}
+
+
+def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> torch.export.ExportedProgram:
+    if isinstance(model, torch.export.ExportedProgram):
+        return model
+    auto = torch.export.Dim.AUTO
+
+    def free(value: Any) -> Any:
+        return dict.fromkeys(range(value.ndim), auto) if isinstance(value, Tensor) else None
+
+    shapes = (pytree.tree_map(free, args), pytree.tree_map(free, kwargs)) if dynamic else None
+    if shapes is not None:
+        # torch.export takes one structure for all arguments, by name where some are keywords.
+        shapes = shapes[0] if not kwargs else _named(model, shapes)
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        told = " ".join(str(error).split())[:400]
+        raise EffError("EFF-E114", f"torch.export cannot capture the model: {type(error).__name__}: {told}") from error
+
+
+def _named(model: Any, shapes: tuple[Any, Any]) -> dict[str, Any]:
+    import inspect
+
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, shapes[0])), **shapes[1]}
+
+
+def _forms(compiled: Compiled, asked: Options, target: Target) -> Iterator[SiteForm]:
+    """Yield what became of every site: the plan was made for this target, so what it chose is there."""
+    graph = compiled.plan.graphs[0]
+    for choice in graph.choices:
+        if choice.site:
+            yield SiteForm(choice.site, "same", choice.policy, choice.reason)
+    families = {family for family, _ in asked.families}
+    for decline in graph.declined:
+        if decline.family in SITE_FAMILIES and decline.family in families:
+            yield SiteForm(decline.site, "dropped", decline.policy, f"{decline.refusal.code} {decline.refusal.reason}")
+
+
+def _call_of(exported: torch.export.ExportedProgram, program: Program) -> _Call:
+    args, kwargs = exported.example_inputs
+    flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    entry = program.entries[0]
+    nodes = {node.name: node for node in entry.graph.graph.nodes if node.op == "placeholder"}
+    users = [
+        item.node for item in entry.inputs if item.kind == "user" and isinstance(nodes[item.node].meta["val"], Tensor)
+    ]
+    return _Call(tuple(users), tuple(flat), tuple(_sizes(nodes[name]) for name in users))
+
+
+def _sizes(node: fx.Node) -> tuple[str | None, ...]:
+    return tuple(
+        str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
+        for size in node.meta["val"].shape
+    )
+
+
+def _checked(exported: torch.export.ExportedProgram, call: _Call, path: Path) -> tuple[Check, ...]:
+    """Compare ONNX Runtime with eager at the given sizes, and with each size that may vary at another one."""
+    session, reference = Session(path), exported.module()
+    spec = exported.call_spec.in_spec
+    hints = call.hints()
+    found = []
+    for sizes in [hints, *({**hints, name: n + 1 + place} for place, (name, n) in enumerate(hints.items()))]:
+        tensors = call.at(sizes)
+        leaves = iter(tensors)
+        given = [next(leaves) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(exported.example_inputs)]
+        args, kwargs = pytree.tree_unflatten(given, spec)
+        wanted = [x for x in pytree.tree_leaves(reference(*args, **kwargs)) if isinstance(x, Tensor)]
+        for name, (error, kind) in _errors(session, tensors, wanted).items():
+            if not error <= LIMITS.get(kind, 0.0):
+                told = ", ".join(f"{key}={n}" for key, n in sizes.items())
+                raise EffError("EFF-E110", f"`{name}` is {error:.2e} away from eager at {told or 'the given sizes'}")
+            found.append(Check(tuple(sizes.items()), float(f"{error:.3g}"), name))
+    return tuple(found)
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    if value.shape != exact.shape:
+        return float("inf")
+    if not exact.dtype.is_floating_point:
+        return 0.0 if torch.equal(value, exact) else float("inf")
+    found, wanted = value.double(), exact.double()
+    same = (found == wanted) | (found.isnan() & wanted.isnan())  # infinities and NaN must be where they were
+    apart = torch.where(same, 0.0, (found - wanted).abs()).max() if found.numel() else torch.zeros(())
+    scale = wanted.abs()[wanted.isfinite()].max() if wanted.isfinite().any() else torch.ones(())
+    return float("inf") if apart.isnan() else float(apart / scale.clamp_min(1e-30))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

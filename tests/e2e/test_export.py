@@ -1,0 +1,122 @@
+"""Export to ONNX: every site accounted for, ONNX Runtime equal to eager at sizes that were not traced, the same bytes again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import effcompile as eff
+from effcompile import exporting
+from effcompile.cli.models import load_model
+from effcompile.core.bundle import read_artifact
+from effcompile.core.errors import EffError
+from tests.cli.command import run
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("name", "opset", "operator", "sites"),
+    [
+        ("zoo:llama-tiny", 20, "Softmax", 2),
+        ("zoo:llama-tiny", 23, "Attention", 2),
+        ("zoo:encoder-tiny", 20, "Softmax", 2),
+        pytest.param("zoo:vit-tiny", 20, "Softmax", 2, marks=pytest.mark.slow),
+        pytest.param("zoo:dit-tiny", 20, "Softmax", 2, marks=pytest.mark.slow),
+        pytest.param("zoo:seq2seq-tiny", 20, "Softmax", 6, marks=pytest.mark.slow),
+        pytest.param("zoo:mixtral-tiny", 20, "Softmax", 4, marks=pytest.mark.slow),
+        pytest.param("zoo:nanogpt-tiny", 20, "Softmax", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_the_zoo(name: str, opset: int, operator: str, sites: int, tmp_path: Path) -> None:
+    import onnx
+
+    given = load_model(name, {"batch": 2, "seq": 16}, None, real=True)
+    made = eff.export(given.model, given.args, given.kwargs, to="onnx", out=tmp_path / "a", opset=opset, name=name)
+    assert [site.status for site in made.sites].count("same") >= sites
+    assert not any(site.status == "dropped" for site in made.sites)
+    assert max(check.error for check in made.checks) < 1e-5
+    free = {size for tensor in made.inputs for size in tensor.shape if isinstance(size, str)}
+    assert len({check.sizes for check in made.checks}) == 1 + len(free)
+    with read_artifact(tmp_path / "a") as found:
+        graph = onnx.load(str(found.file("model.onnx"))).graph
+        assert operator in {node.op_type for node in graph.node}
+        assert {node.domain for node in graph.node} <= {""}
+        assert str(Path(eff.__file__).parents[1]) not in found.file("model.onnx").read_bytes().decode("latin-1")
+    # Sizes that neither the trace nor the checks had.
+    other = load_model(name, {"batch": 1, "seq": 9}, None, real=True)
+    errors = exporting.compare(eff.load(tmp_path / "a"), given.runnable, other.args, other.kwargs)
+    assert max(error for error, _ in errors.values()) < 1e-5
+
+
+class Head(nn.Module):
+    """One attention with a causal mask, and a size that is fixed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+X = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_same_bytes_again(tmp_path: Path) -> None:
+    files = []
+    for place in ("a", "b"):
+        made = eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / place)
+        files.append(made.files)
+    assert files[0] == files[1]
+    assert made.inputs[0].shape[2] == 16
+
+
+def test_a_policy_without_a_form_there_is_an_error(tmp_path: Path) -> None:
+    asked = {"attention": "block-topk{density=0.5,block=16,dense_layers=0}"}
+    with pytest.raises(EffError, match="EFF-E108"):
+        eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a", options=asked)
+    assert list(tmp_path.iterdir()) == []
+    made = eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a", options=asked, allow_dropped=True)
+    assert [site.status for site in made.sites if site.form.startswith("block-topk")] == ["dropped"]
+
+
+def test_other_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "LIMITS", {torch.float32: 0.0})
+    with pytest.raises(EffError, match="EFF-E110"):
+        eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_said(tmp_path: Path) -> None:
+    class Breaks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    for code, model, more in [
+        ("EFF-E113", Head(), {"to": "onx"}),
+        ("EFF-E113", Head(), {"opset": 12}),
+        ("EFF-E114", Breaks(), {}),
+    ]:
+        with pytest.raises(EffError, match=code):
+            eff.export(model.eval(), (X,), **{"to": "onnx", "out": tmp_path / "a", **more})
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a.zip")
+    told = json.loads(run(capsys, "export", "zoo:llama-tiny", "-o", out, "--json").out)
+    assert told["form"] == "onnx"
+    assert run(capsys, "export", "zoo:llama-tiny", "-o", out).code == 2
+    assert "layers.0.attn" in run(capsys, "show", out).out
+    assert run(capsys, "verify", out).code == 0
+    checked = json.loads(run(capsys, "verify", out, "--model", "zoo:llama-tiny", "--shape", "b=3,s=21", "--json").out)
+    assert checked["ok"]
+    assert run(capsys, "verify", out, "--model", "zoo:encoder-tiny").code == 2
+    numpy.savez(tmp_path / "x.npz", tokens=numpy.arange(30, dtype=numpy.int64).reshape(2, 15))
+    assert run(capsys, "run", out, "--input", str(tmp_path / "x.npz"), "-o", str(tmp_path / "y.npz")).code == 0
+    assert next(iter(numpy.load(tmp_path / "y.npz").values())).shape == (2, 15, 256)
+    numpy.savez(tmp_path / "x.npz", ids=numpy.zeros((2, 3), dtype=numpy.int64))
+    assert "EFF-E111" in run(capsys, "run", out, "--input", str(tmp_path / "x.npz")).err
