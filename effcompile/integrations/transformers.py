@@ -27,6 +27,7 @@ from effcompile.integrations.transformers_experts import prepare_experts
 from effcompile.ops import native
 from effcompile.runtime.kv_cache import LayerCache
 from effcompile.runtime.paged import PAGE, Reading
+from effcompile.runtime.sliding import ROOM
 
 INTERFACE = "eff"
 OWN = (None, "dynamic", "static", "hybrid", "sliding_window")
@@ -141,9 +142,7 @@ def prepare(
             changed in place; or an ExportedProgram whose caches are its own buffers, of which a module with packed buffers is made
             (`integrations/exported.py`).
         kv: a cache format as `eff passes` spells it, such as `kivi{bits=4}`; None stores tokens as they are.
-        evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without `kv` and `evict` the model gets its
-        own cache
-            back.
+        evict: which tokens stay, such as `snapkv{budget=1024}`; None keeps all. Without both the model gets its own cache back.
         attention: `quest{page=64}` or `block-topk{page=64}`: a step reads the pages of the cache that it chooses; None reads all.
         capacity: tokens that a context may have; None lets `generate` choose what it needs, and caches of plain calls grow.
 
@@ -338,7 +337,9 @@ def _prepare_for_generation(model: nn.Module, own: Callable[..., Any], *args: An
     config, inputs = given["generation_config"], given["model_kwargs"]
     wanted = config.use_cache is not False and config.cache_implementation in OWN
     if prepared is not None and wanted and inputs.get("past_key_values") is None:
-        needed = given["max_cache_length"]
+        mode = given["generation_mode"]
+        # Candidates of a draft model may go beyond the last token, and are taken back.
+        needed = given["max_cache_length"] + (ROOM if "assisted" in str(getattr(mode, "value", mode)) else 0)
         if prepared.capacity is not None and prepared.capacity < needed:
             raise EffError(
                 "EFF-K201",

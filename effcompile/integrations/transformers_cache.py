@@ -16,10 +16,12 @@ from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.site import CacheSite
 from effcompile.integrations.transformers import Held, sites
+from effcompile.passes.kv.sink_window import SinkWindow
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache
 from effcompile.runtime.mixed import MixedCache
 from effcompile.runtime.paged import PagedCache, Reading
+from effcompile.runtime.sliding import ROOM, SlidingCache
 
 
 def build(
@@ -77,7 +79,12 @@ def _tokens(
         return EvictingCache(form, site, evict, rotation)
     if form.tiers is not None:
         return MixedCache(form, site)
-    if reading is not None and site.layer >= reading.dense:
+    paged = reading is not None and site.layer >= reading.dense
+    if site.window and not (reading is not None and paged and site.window > reading.budget):
+        sliding = SlidingCache(form, site, SinkWindow(window=site.window - 1 + ROOM, sinks=0))
+        if not sliding.total or sliding.most < sliding.total:
+            return sliding
+    if reading is not None and paged:
         return PagedCache(form, site, reading)
     return LayerCache(form, site)
 
@@ -92,7 +99,9 @@ def classes() -> tuple[Any, Any]:
 
         is_compileable = True
         is_croppable = True
-        is_sliding = False  # masks of sliding layers are made for all tokens, and drop what is out of the window
+        is_sliding = (
+            False  # masks of sliding layers are made for all tokens; what holds a window finds its places in them
+        )
 
         def __init__(self, tokens: LayerCache) -> None:
             super().__init__()
@@ -129,8 +138,12 @@ def classes() -> tuple[Any, Any]:
 
         def crop(self, tokens_to_remove: int) -> None:
             """Remove -n tokens; a positive number is how many stay, as in older versions of transformers."""
+            self.tokens.crop(self.left(tokens_to_remove))
+
+        def left(self, tokens_to_remove: int) -> int:
+            """Return how many tokens stay."""
             held = self.tokens.seen
-            self.tokens.crop(min(held, tokens_to_remove) if tokens_to_remove > 0 else held + tokens_to_remove)
+            return min(held, tokens_to_remove) if tokens_to_remove > 0 else held + tokens_to_remove
 
         def reset(self) -> None:
             """Forget all tokens."""
@@ -179,7 +192,14 @@ def classes() -> tuple[Any, Any]:
         @property
         def evicted(self) -> int:
             """Return how many tokens of the context are not held any more, in the layer that holds the fewest."""
-            return max((tokens.seen - tokens.length for tokens in self.packed), default=0)
+            return max((tokens.evicted for tokens in self.packed), default=0)
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """Remove -n tokens from all layers, or from none where one of them refuses."""
+            for layer in self.layers:
+                if isinstance(layer, PackedLayer):
+                    layer.tokens.check_cut(layer.left(tokens_to_remove))
+            super().crop(tokens_to_remove)
 
         def __repr__(self) -> str:
             """Return formats, tokens and bytes in a line."""
@@ -187,8 +207,10 @@ def classes() -> tuple[Any, Any]:
                 return "PackedCache()"
             told = " | ".join(dict.fromkeys(tokens.spelled for tokens in self.packed))
             seen, size = max(tokens.seen for tokens in self.packed), self.nbytes() / 1e6
+            windows = [tokens.site.window for tokens in self.packed if isinstance(tokens, SlidingCache)]
+            slides = f"{len(windows)} with a window of {max(windows)}, " if windows else ""
             return (
-                f"PackedCache({len(self.packed)} layers, {told}: {seen} tokens seen, {seen - self.evicted} held, "
+                f"PackedCache({len(self.packed)} layers, {slides}{told}: {seen} tokens seen, {seen - self.evicted} held, "
                 f"{self.evicted} evicted, {size:.1f} MB)"
             )
 

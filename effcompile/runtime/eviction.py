@@ -340,32 +340,38 @@ class EvictingCache(LayerCache):
 
     # --- the past ----------------------------------------------------------------------------------------------------------------
 
+    def _left(self, length: int) -> int:
+        """Return how many held tokens are from before `length`, -1 where heads differ."""
+        left = (self.state["positions"][:, :, : self.length] < length).sum(-1)
+        count = int(left.min()) if left.numel() else 0
+        return count if count == int(left.max()) else -1
+
+    def check_cut(self, length: int) -> None:
+        """Raise EFF-K203 where heads have dropped different numbers of the tokens that are cut, or all before them."""
+        super().check_cut(length)
+        count = self._left(length) if 0 < length < self.seen else 1
+        if count < 1:
+            raise EffError(
+                "EFF-K203",
+                f"the cache cannot be cut from {self.seen} to {length} tokens: "
+                + ("heads have dropped different tokens of those" if count else "all before them were dropped"),
+                hint="cut no more than the last tokens, which the policy keeps; or reset() and read the prompt again",
+            )
+
     def crop(self, length: int) -> None:
         """Forget the tokens of the context from `length` on.
 
         Raises:
-            EffError: EFF-K203 where the context has fewer, or where heads have dropped different numbers of those, or all
-            before them.
+            EffError: EFF-K203 where the context has fewer, or `check_cut` says that it cannot be.
         """
-        seen = self.seen
-        if not 0 <= length <= seen:
-            raise EffError("EFF-K203", f"the cache has seen {seen} tokens and cannot be cut to {length}")
-        if length == seen:
+        self.check_cut(length)
+        if length == self.seen:
             return
         if length == 0:
             self.reset()
             return
-        state, held = self.state, self.length
+        state, held, count = self.state, self.length, self._left(length)
         own = state["positions"][:, :, :held]
-        left = (own < length).sum(-1)
-        count = int(left.min()) if left.numel() else 0
-        if count != int(left.max()) or not count:
-            raise EffError(
-                "EFF-K203",
-                f"the cache cannot be cut from {seen} to {length} tokens: "
-                + ("heads have dropped different tokens of those" if count else "all before them were dropped"),
-                hint="cut no more than the last tokens, which the policy keeps; or reset() and read the prompt again",
-            )
         order = (
             torch.where(own < length, own, torch.iinfo(own.dtype).max).sort(dim=-1, stable=True).indices[..., :count]
         )

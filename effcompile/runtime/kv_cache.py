@@ -75,6 +75,11 @@ class LayerCache:
         return self.length
 
     @property
+    def evicted(self) -> int:
+        """Return how many tokens of the context a policy has dropped."""
+        return 0
+
+    @property
     def context(self) -> Tensor:
         """Return the same as a tensor of the state."""
         return self.state["length"]
@@ -168,16 +173,20 @@ class LayerCache:
         keys, values = self.storage.read(self.state, start, self.length if stop is None else stop, self.shape.dtype)
         return keys, values[..., : self.shape.value_dim]
 
+    def check_cut(self, length: int) -> None:
+        """Raise EFF-K203 where the context cannot be cut to `length` tokens."""
+        seen = self.seen
+        if not 0 <= length <= seen:
+            raise EffError("EFF-K203", f"the cache has seen {seen} tokens and cannot be cut to {length}")
+
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on.
 
         Raises:
             EffError: EFF-K203 where fewer are held.
         """
-        held = self.length
-        if not 0 <= length <= held:
-            raise EffError("EFF-K203", f"the cache holds {held} tokens and cannot be cut to {length}")
-        if length < held:
+        self.check_cut(length)
+        if length < self.length:
             self.storage.rewind(self.state, length)
 
     def reset(self) -> None:

@@ -227,26 +227,28 @@ class MixedCache(LayerCache):
         k, v = (x.gather(2, order.expand(-1, -1, -1, x.shape[3]))[:, :, start:end] for x in (k, v))
         return k, v
 
-    def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on.
-
-        Raises:
-            EffError: EFF-K203 where fewer are held, or where some of them are packed.
-        """
-        held = self.seen
-        if not 0 <= length <= held:
-            raise EffError("EFF-K203", f"the cache holds {held} tokens and cannot be cut to {length}")
-        gone, recent = held - length, int(self.state["length"])
-        if length and gone > recent:
+    def check_cut(self, length: int) -> None:
+        """Raise EFF-K203 where fewer tokens are held, or where some of those that are cut are packed."""
+        super().check_cut(length)
+        held, recent = self.seen, int(self.state["length"]) if self.state else 0
+        if length and held - length > recent:
             raise EffError(
                 "EFF-K203",
                 f"the cache cannot be cut from {held} to {length} tokens: only the last {recent} are not packed yet",
                 hint="cut no more than those, or reset() and read the prompt again",
             )
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on.
+
+        Raises:
+            EffError: EFF-K203 where `check_cut` says that they cannot be.
+        """
+        self.check_cut(length)
         if not length:
             self.reset()
             return
-        self.state["length"].fill_(recent - gone)
+        self.state["length"].sub_(self.seen - length)
         self.state["seen"].fill_(length)
 
     def reset(self) -> None:

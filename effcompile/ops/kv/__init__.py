@@ -16,9 +16,9 @@ from torch import Tensor
 
 def register() -> None:
     """Register the ops of every form of cache, once."""
-    from effcompile.ops.kv import evict, fixed, grouped, mixed, per_token, plain, seek, two_plane
+    from effcompile.ops.kv import evict, fixed, grouped, mixed, per_token, plain, seek, two_plane, window
 
-    for module in (plain, per_token, grouped, fixed, two_plane, mixed, evict, seek):
+    for module in (plain, per_token, grouped, fixed, two_plane, mixed, evict, seek, window):
         module.register()
 
 
