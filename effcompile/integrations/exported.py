@@ -2,11 +2,13 @@
 
 A cache is found where attention reads what the program writes into a buffer, or into an input that it changes
 (`passes/recognize/kv_buffers.py`). Inputs stay the caller's, so only buffers are stored otherwise. What is left is a module that
-runs as it is, and that torch.compile takes.
+runs as it is, and that torch.compile takes. A cache that the program only reads, of a cross attention, has the tokens that its
+buffers hold, until `fill` gives it others.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,9 +29,10 @@ from effcompile.core.plan import Choice, Decline
 from effcompile.core.policy import read_policy
 from effcompile.core.program import Program
 from effcompile.core.site import Refusal
+from effcompile.ops.kv import common
 from effcompile.passes.kv.retype import Retyped, retype
 from effcompile.passes.recognize.attention import Recognized
-from effcompile.passes.recognize.kv_buffers import BufferCache, find_buffers
+from effcompile.passes.recognize.kv_buffers import Cached, CrossCache, find_buffers, is_view
 from effcompile.targets.detect import detect
 
 CODE = "EFF-K208"
@@ -40,11 +43,17 @@ class PreparedProgram(nn.Module):
     """Run an exported program whose caches are stored in another form.
 
     `plan` holds a choice of family `kv` for every cache that is, and a decline with the reason for every one that is not.
-    `nbytes()` counts the tensors of the caches, `reset()` empties them; a call that writes to place 0 does so too.
+    `nbytes()` counts the tensors of the caches, `reset()` empties those that the program writes; a call that writes to place 0
+    does so too.
     """
 
     def __init__(
-        self, exported: torch.export.ExportedProgram, program: Program, plan: Any, caches: Mapping[str, Retyped]
+        self,
+        exported: torch.export.ExportedProgram,
+        program: Program,
+        plan: Any,
+        caches: Mapping[str, Retyped],
+        sources: Mapping[str, tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         entry = program.entries[0]
@@ -71,9 +80,50 @@ class PreparedProgram(nn.Module):
                 name = ""
             self._names.append(name)
         self._packed = [item.name.replace(".", "_") for item in entry.inputs if item.kind == "packed"]
+        self._sources: dict[str, list[tuple[weakref.ref[Tensor], int]]] = {}
+        for site, buffers in sources.items():
+            self.fill(site, *buffers)
+            self._sources[site] = [(weakref.ref(x), x._version) for x in buffers]
+
+    def fill(self, site: str, keys: Tensor, values: Tensor) -> None:
+        """Give a cache that the program only reads its tokens, keys `[B, Hkv, C, D]` and values `[B, Hkv, C, Dv]`, all C of them.
+
+        Raises:
+            EffError: EFF-K202 for another number of tokens, or another shape or dtype; EFF-K208 for a site that is no such cache.
+        """
+        new = self.caches.get(site)
+        if new is None or not new.cross:
+            known = ", ".join(name for name, x in self.caches.items() if x.cross) or "none"
+            raise EffError(CODE, f"{site} is no cache that the program only reads; those are: {known}")
+        capacity = new.site.capacity
+        if keys.shape[2] != capacity:
+            raise EffError("EFF-K202", f"{keys.shape[2]} tokens for {site}, of which attention reads {capacity}")
+        state, dtype = self._state(new), getattr(torch, new.site.dtype)
+        own = (int(new.site.batch), int(new.site.kv_heads), new.site.head_dim, new.site.value_dim)
+        common.check_shapes(own, keys, values, dtype)
+        new.storage.clear(state)
+        new.storage.append(state, keys, values)
+        self._sources.pop(site, None)
+
+    def _state(self, new: Retyped) -> dict[str, Tensor]:
+        return {
+            name: getattr(self, f"{new.site.id}.{name}".replace(".", "_")) for name in new.state(torch.device("meta"))
+        }
+
+    def _check_sources(self) -> None:
+        """Raise EFF-K208 where a buffer from which a cache was filled has been written since."""
+        for site, buffers in self._sources.items():
+            if any((x := of()) is not None and x._version != version for of, version in buffers):
+                raise EffError(
+                    CODE,
+                    f"the buffers of {site} were written after they had been packed",
+                    hint="fill(site, keys, values)",
+                )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program with the arguments of the one that was exported."""
+        if self._sources and not torch.compiler.is_compiling():
+            self._check_sources()
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec.in_spec:
             raise TypeError(
@@ -90,10 +140,10 @@ class PreparedProgram(nn.Module):
         return sum(x.numel() * x.element_size() for x in held)
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens that calls have written."""
         for new in self.caches.values():
-            names = new.state(torch.device("meta"))
-            new.storage.clear({name: getattr(self, f"{new.site.id}.{name}".replace(".", "_")) for name in names})
+            if not new.cross:
+                new.storage.clear(self._state(new))
 
 
 def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> PreparedProgram:
@@ -107,12 +157,13 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
     program = capture_export(exported)
     _check_writes(exported, program)
     caches: dict[str, Retyped] = {}
+    sources: dict[str, tuple[Tensor, Tensor]] = {}
     kept: list[Decline] = []
 
     def storing(found: Recognized) -> tuple[Recognized, tuple[Choice, ...], tuple[Decline, ...]]:
         buffers, missed = find_buffers(found.program, _locate)
         kept.extend(Decline(m.site.id, "kv", "", m.refusal, m.site.source) for m in missed)
-        taken: list[BufferCache] = []
+        taken: list[Cached] = []
         for item in buffers:
             form = _format(kv, item)
             if form is None:
@@ -123,6 +174,9 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
                 continue
             taken.append(item)
             caches[item.site.id] = new
+            if isinstance(item, CrossCache):
+                described = [entry.input_of(x) for entry in found.program.entries[:1] for x in (item.keys, item.values)]
+                sources[item.site.id] = (described[0].value, described[1].value)  # type: ignore[union-attr]
         ids = {item.attention.meta.get("eff.site") for item in taken}
         left = tuple(site for site in found.sites if site.id not in ids)
         changed = replace(found, program=retype(found.program, caches, tuple(taken)), sites=left)
@@ -136,14 +190,14 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
             or "no attention reads a buffer that is written"
         )
         raise EffError(CODE, f"no cache of the program can be stored in `{kv}`: {why}", hint="eff.explain(program)")
-    return PreparedProgram(exported, compiled.program, compiled.plan, caches)
+    return PreparedProgram(exported, compiled.program, compiled.plan, caches, sources)
 
 
 def _locate(node: fx.Node) -> tuple[str, str]:
     return module_of(node), node.meta.get("eff.source", "")
 
 
-def _format(kv: Formats, item: BufferCache) -> CacheFormat | None:
+def _format(kv: Formats, item: Cached) -> CacheFormat | None:
     given = kv.get(item.site.id) if isinstance(kv, Mapping) else kv
     if given is None or isinstance(given, CacheFormat):
         return given
@@ -152,7 +206,7 @@ def _format(kv: Formats, item: BufferCache) -> CacheFormat | None:
     return found
 
 
-def _stored(form: CacheFormat, item: BufferCache) -> Retyped | Refusal:
+def _stored(form: CacheFormat, item: Cached) -> Retyped | Refusal:
     site = item.site
     if site.idiom != "buffers":
         return Refusal(CODE, "the cache is an input, which stays the caller's", "register it as a buffer of the model")
@@ -163,7 +217,7 @@ def _stored(form: CacheFormat, item: BufferCache) -> Retyped | Refusal:
     storage = form.storage(site)
     if isinstance(storage, Refusal):
         return storage
-    return Retyped(site, storage, form.spelled, form.constants(site))
+    return Retyped(site, storage, form.spelled, form.constants(site), isinstance(item, CrossCache))
 
 
 def _check_writes(exported: torch.export.ExportedProgram, program: Program) -> None:
@@ -175,9 +229,7 @@ def _check_writes(exported: torch.export.ExportedProgram, program: Program) -> N
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable or not node.args:
             continue
         base = node.args[0]
-        while (
-            isinstance(base, fx.Node) and base.op == "call_function" and base.args and isinstance(base.args[0], fx.Node)
-        ):
+        while isinstance(base, fx.Node) and is_view(base) and base.args:
             base = base.args[0]
         if isinstance(base, fx.Node) and base.op == "placeholder" and kinds.get(base.name) == "CONSTANT_TENSOR":
             raise EffError(

@@ -22,7 +22,6 @@ from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.policy import Policy, read_policy
-from effcompile.core.site import CacheSite
 from effcompile.integrations.transformers_experts import prepare_experts
 from effcompile.ops import native
 from effcompile.runtime.kv_cache import LayerCache
@@ -296,6 +295,13 @@ def _switch(model: nn.Module) -> None:
             f"{type(model).__name__} is no decoder that generates text",
             hint="prepare the model that has generate()",
         )
+    latent = next((type(layer).__name__ for layer in model.modules() if hasattr(layer, "expand_kv")), None)
+    if latent is not None:
+        raise EffError(
+            "EFF-K205",
+            f"{latent} caches latents (MLA), which it expands to keys and values before its attention reads them",
+            hint="the model's own cache, whose latents are few numbers a token",
+        )
     if model.config._attn_implementation == INTERFACE:
         return
     ops.register()
@@ -358,42 +364,3 @@ def _require() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise EffError("EFF-U104", "transformers is not installed", hint="pip install 'effcompile[hf]'") from error
-
-
-def sites(config: Any, capacity: int | None, dtype: str = "") -> list[CacheSite | tuple[str, dict[str, Any]]]:
-    """Return a cache site for every layer that keeps keys and values, and (type, arguments) of transformers' own for the others."""
-    text = config.get_text_config(decoder=True)
-    kinds, arguments = _layer_types(text)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    depth = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    found: list[CacheSite | tuple[str, dict[str, Any]]] = []
-    for number, (kind, given) in enumerate(zip(kinds, arguments)):
-        if kind in ("full_attention", "sliding_attention", "chunked_attention"):
-            found.append(
-                CacheSite(
-                    f"layers.{number}.cache",
-                    "cache",
-                    "decode",
-                    "",
-                    kv_heads=heads,
-                    head_dim=depth,
-                    value_dim=depth,
-                    capacity=capacity or 0,
-                    window=int(given.get("sliding_window") or 0),
-                    dtype=dtype,
-                )
-            )
-        else:
-            found.append((kind, given))
-    return found
-
-
-def _layer_types(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    from transformers import cache_utils
-
-    if hasattr(cache_utils, "get_layer_types_and_kwargs"):
-        kinds, arguments = cache_utils.get_layer_types_and_kwargs(text)
-        return list(kinds), list(arguments)
-    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
-    window = getattr(text, "sliding_window", None)
-    return kinds, [{"sliding_window": window} if kind == "sliding_attention" else {} for kind in kinds]

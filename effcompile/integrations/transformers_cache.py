@@ -15,7 +15,8 @@ from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.site import CacheSite
-from effcompile.integrations.transformers import Held, sites
+from effcompile.integrations.transformers import Held
+from effcompile.integrations.transformers_sites import sites
 from effcompile.passes.kv.sink_window import SinkWindow
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache

@@ -2,12 +2,12 @@
 
 Each cache's tensors become inputs behind the others; the model's own stay inputs that nothing reads. The places that the
 model writes to say how many tokens it means to hold: they have to be neighbors that begin where the last call ended, or before it,
-which forgets what lies behind.
+which forgets what lies behind. A cache that the graph only reads keeps the tokens that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from effcompile.core.cache import CacheShape, Storage
 from effcompile.core.program import Input, Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import CacheSite
-from effcompile.passes.recognize.kv_buffers import BufferCache, Write
+from effcompile.passes.recognize.kv_buffers import Cached, CrossCache, Write
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Retyped:
     storage: Storage
     spelled: str
     constants: Mapping[str, Tensor]
+    cross: bool = False
+    """Whether the graph only reads it."""
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors of an empty cache."""
@@ -51,7 +53,7 @@ class Retyped:
         return CacheShape(int(site.batch), int(site.kv_heads), capacity, site.head_dim, site.value_dim, dtype, device)
 
 
-def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[BufferCache, ...]) -> Program:
+def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[Cached, ...]) -> Program:
     """Return the program with the caches that `caches` names by their sites in their new form."""
     for entry in program.entries:
         copy = copy_graph(entry.graph)
@@ -63,11 +65,19 @@ def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[BufferC
             new = caches[cache.site.id]
             attention = twin[cache.attention]
             call = AttentionCall.of(attention)
+            state = _add_inputs(edit, inputs, new, call.q.meta["val"])
+            if isinstance(cache, CrossCache):
+                with edit.before(attention):
+                    result = _read(edit, new, call, state)
+                edit.replace(attention, result)
+                for base in (cache.keys, cache.values):
+                    for user in list(twin[base].users):
+                        _erase_view(copy.graph, user, twin[base])
+                continue
             keys, values = (
                 Write(twin[w.node], twin[w.base], _of(twin, w.place), twin[w.tokens])
                 for w in (cache.keys, cache.values)
             )
-            state = _add_inputs(edit, inputs, new, call.q.meta["val"])
             with edit.before(attention):
                 result = _attend(edit, new, call, keys, values, state)
             edit.replace(attention, result)
@@ -103,7 +113,7 @@ def _attend(
     names, storage, site = list(state), new.storage, new.site
     batch, heads = call.k.meta["val"].shape[:2]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, place: Tensor | int, *tensors: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, place: Tensor | int, *tensors: Tensor) -> Tensor:
         held = dict(zip(names, tensors))
         k, v = (
             x.expand(batch, heads, -1, -1) if x.dim() == 4 else x.reshape(batch, heads, -1, x.shape[-1]) for x in (k, v)
@@ -111,14 +121,29 @@ def _attend(
         first = place if isinstance(place, Tensor) else torch.full((1,), place, dtype=torch.int64, device=q.device)
         storage.seek(held, first, k.shape[2], site.capacity if isinstance(site.capacity, int) else 0)
         storage.append(held, k, v)
-        while mask.dim() < 4:
-            mask = mask.unsqueeze(0)
         given = (call.scale, call.softcap, site.window, new.spelled)
-        return storage.attend(held, q, k, v, mask, False, *given)[0]
+        return storage.attend(held, q, k, v, _mask(tensors[len(names) :]), False, *given)[0]
 
-    assert call.mask is not None
-    operands = (call.q, keys.tokens, values.tokens, call.mask, keys.place)
-    return edit.inline(run, *operands, *state.values())
+    operands = (call.q, keys.tokens, values.tokens, keys.place)
+    return edit.inline(run, *operands, *state.values(), *([call.mask] if call.mask is not None else []))
+
+
+def _read(edit: Editor, new: Retyped, call: AttentionCall, state: Mapping[str, fx.Node]) -> fx.Node:
+    """Insert the attention over a cache to which nothing is added, and return the node of its result."""
+    names, storage, site = list(state), new.storage, new.site
+    batch, heads = call.k.meta["val"].shape[:2]
+
+    def run(q: Tensor, *tensors: Tensor) -> Tensor:
+        none = [q.new_empty((batch, heads, 0, width)) for width in (site.head_dim, site.value_dim)]
+        asked = (_mask(tensors[len(names) :]), False, call.scale, call.softcap, site.window, new.spelled)
+        return storage.attend(dict(zip(names, tensors)), q, none[0], none[1], *asked)[0]
+
+    return edit.inline(run, call.q, *state.values(), *([call.mask] if call.mask is not None else []))
+
+
+def _mask(given: Sequence[Tensor]) -> Tensor | None:
+    """Return the mask with four dimensions, where there is one."""
+    return given[0][(None,) * (4 - given[0].dim())] if given else None
 
 
 def _erase(write: Write) -> None:

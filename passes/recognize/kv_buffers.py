@@ -1,7 +1,8 @@
 """Find KV caches that a model keeps in tensors of its own: buffers or inputs `[B, Hkv, C, D]` that it writes and attention reads.
 
-Three spellings of a write are known: `index_copy_` and `index_put_` at a tensor of places, and a slice that is assigned. What the
-attention reads must be the whole tensor and nothing else; where it is not, the reason says so.
+Four spellings of a write are known: `index_copy_` and `index_put_` at a tensor of places, a slice that is assigned, and a copy of
+the whole. What the attention reads must be the whole tensor and nothing else; where it is not, the reason says so. Keys and values
+in two buffers that the graph only reads are a cache as well, of a cross attention: somebody else wrote it, once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
+from effcompile.core.expr import TRUE
 from effcompile.core.program import Entry, Program
 from effcompile.core.site import CacheSite, Missed, Refusal
 from effcompile.passes.recognize.match import same_size
@@ -44,23 +46,39 @@ class BufferCache:
     values: Write
 
 
-Found = tuple[tuple[BufferCache, ...], tuple[Missed, ...]]
+@dataclass(frozen=True)
+class CrossCache:
+    """Hold a cache that a graph only reads: the attention, and the buffers of its keys and values."""
+
+    site: CacheSite
+    attention: fx.Node
+    keys: fx.Node
+    values: fx.Node
+
+
+Cached = BufferCache | CrossCache
+Found = tuple[tuple[Cached, ...], tuple[Missed, ...]]
 
 
 def find_buffers(program: Program, locate: Locate) -> Found:
     """Return the caches of a raised program, in the order of the graph, and what looks like one but cannot be stored otherwise."""
-    found: list[BufferCache] = []
+    found: list[Cached] = []
     missed: list[Missed] = []
     for entry in program.entries:
-        writes = _writes(entry)
-        if not writes:
-            continue
+        writes, read = _writes(entry), set[fx.Node]()
         for node in entry.graph.graph.nodes:
             if node.op != "call_function" or node.target is not torch.ops.eff.attention_v1.default:
                 continue
             call = AttentionCall.of(node)
             bases = [_base(x, writes) for x in (call.k, call.v)]
+            read |= {base for base in bases if base is not None}
             if not any(base in writes for base in bases):
+                if all(base is not None and _is_buffer(entry, base) for base in bases):
+                    site, refusal = _site(entry, node, call, locate, bases), _refusal_cross(node, call, bases)
+                    if refusal is None:
+                        found.append(CrossCache(site, node, *bases))  # type: ignore[arg-type]
+                    else:
+                        missed.append(Missed(site, refusal))
                 continue
             site = _site(entry, node, call, locate, bases)
             pair = [writes.get(base, []) if base is not None else [] for base in bases]
@@ -69,6 +87,7 @@ def find_buffers(program: Program, locate: Locate) -> Found:
                 found.append(BufferCache(site, node, pair[0][0], pair[1][0]))
             else:
                 missed.append(Missed(site, refusal))
+        missed += [_unread(entry, base, mine[0], locate) for base, mine in writes.items() if base not in read]
     return tuple(found), tuple(missed)
 
 
@@ -81,7 +100,7 @@ def _writes(entry: Entry) -> dict[fx.Node, list[Write]]:
         if not node.target._schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         target, base = node.args[0], node.args[0]
-        while base.op == "call_function" and base.args and isinstance(base.args[0], fx.Node) and _is_view(base):
+        while base.op == "call_function" and base.args and isinstance(base.args[0], fx.Node) and is_view(base):
             base = base.args[0]
         value = base.meta.get("val")
         if base.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.dim() == 4:
@@ -100,11 +119,26 @@ def _write(node: fx.Node, target: fx.Node, base: fx.Node) -> Write | None:
         adds = bool(args[3]) if len(args) > 3 else bool(node.kwargs.get("accumulate"))
         if alone and not adds and places[_DIM].meta["val"].dim() == 1:
             return Write(node, base, places[_DIM], args[2])
+    if name == "aten::copy_" and target is base and isinstance(args[1], fx.Node):
+        return None if _made_of(args[1], base) else Write(node, base, 0, args[1])
     if name == "aten::copy_" and target.op == "call_function" and isinstance(args[1], fx.Node):
         start = _slice(target, base)
         if start is not None:
             return Write(node, base, start, args[1])
     return None
+
+
+def _made_of(node: fx.Node, base: fx.Node) -> bool:
+    """Tell whether a tensor is made of the old tokens of a cache: moved, or beside new ones."""
+    seen, left = set[fx.Node](), [node]
+    while left:
+        one = left.pop()
+        if one is base:
+            return True
+        if one not in seen and one.op == "call_function" and one.target is not torch.ops.eff.attention_v1.default:
+            seen.add(one)
+            left += one.all_input_nodes
+    return False
 
 
 def _slice(node: fx.Node, base: fx.Node) -> int | None:
@@ -131,7 +165,7 @@ def _base(node: fx.Node, writes: dict[fx.Node, list[Write]]) -> fx.Node | None:
     """Return the input that a node is as a whole, after what is written into it."""
     seen = {write.node: base for base, mine in writes.items() for write in mine}
     while True:
-        if node in seen and node.target._schema.name != "aten::copy_":  # type: ignore[union-attr]
+        if node in seen and (node.target._schema.name != "aten::copy_" or node.args[0] is seen[node]):  # type: ignore[union-attr]
             return seen[node]
         if node.op != "call_function":
             return node
@@ -155,10 +189,12 @@ def _is_same(node: fx.Node) -> bool:
     return alike and before.dtype == after.dtype
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Tell whether a node is another form of its first operand, in the same memory."""
     target = node.target
     return (
-        isinstance(target, torch._ops.OpOverload)
+        node.op == "call_function"
+        and isinstance(target, torch._ops.OpOverload)
         and bool(target._schema.returns)
         and any(
             returned.alias_info is not None and not returned.alias_info.is_write for returned in target._schema.returns
@@ -187,6 +223,79 @@ def _site(
     )
 
 
+def _is_buffer(entry: Entry, base: fx.Node) -> bool:
+    described, value = entry.input_of(base), base.meta.get("val")
+    held = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+    return held and described is not None and described.kind == "buffer"
+
+
+def _unread(entry: Entry, base: fx.Node, write: Write, locate: Locate) -> Missed:
+    """Say why a tensor that is written is no cache that can be stored otherwise: no attention reads it as it is."""
+    value, described = base.meta["val"], entry.input_of(base)
+    own = [base, write.node]
+    readers = [user for node in own for user in node.users if user not in own and not is_view(user)]
+    readers += [x for node in own for user in node.users if is_view(user) for x in user.users if x not in own]
+    source = next((locate(node)[1] for node in (*readers, write.node) if locate(node)[1]), "")
+    site = CacheSite(
+        f"{described.name if described is not None else base.name}.cache",
+        "cache",
+        entry.name,
+        locate(write.node)[1] or source,
+        idiom="buffers" if described is not None and described.kind == "buffer" else "inputs",
+        batch=_extent(value.shape[0]),
+        kv_heads=_extent(value.shape[1]),
+        capacity=_extent(value.shape[2]),
+        dtype=str(value.dtype).removeprefix("torch."),
+    )
+    if write.place == -1:
+        return Missed(site, _unknown(write))
+    if not readers:
+        return Missed(site, Refusal(CODE, "nothing reads it"))
+    if readers[0].target is torch.ops.eff.attention_v1.default:
+        return Missed(site, Refusal(CODE, "attention reads a part of it"))
+    kept = f"attention reads what `{readers[0].target}` makes of it, as of the latents of MLA; only keys and values can be packed"
+    return Missed(site, Refusal(CODE, f"{kept} ({source})" if source else kept))
+
+
+def _unknown(write: Write) -> Refusal:
+    """Say why a write is not understood."""
+    if any(_made_of(x, write.base) for x in write.node.args[1:] if isinstance(x, fx.Node)):
+        return Refusal(
+            CODE,
+            "its tokens are moved at every call, as in a window that slides by copying",
+            "index_copy_(2, places, tokens), and a mask that hides what the window has left",
+        )
+    return Refusal(
+        CODE, f"`{write.node.target}` writes it in a way that is not known", "index_copy_(2, places, tokens)"
+    )
+
+
+def _refusal_cross(node: fx.Node, call: AttentionCall, bases: Sequence[fx.Node | None]) -> Refusal | None:
+    """Return why a cache that is only read cannot be stored in another form."""
+    if bases[0] is bases[1]:
+        return Refusal(CODE, "keys and values are the same buffer")
+    for base in bases:
+        assert base is not None
+        others = [user for user in base.users if not _belongs(user, node, None)]
+        if others:
+            return Refusal(CODE, f"`{others[0].target}` reads the cache too", "leave the cache to its attention")
+    if call.mask is None and not _sees_all(call):
+        return Refusal(CODE, "the attention over it has an order", "a mask over all places")
+    return _refusal_operands(call)
+
+
+def _sees_all(call: AttentionCall) -> bool:
+    return call.mask is None and call.keep == TRUE and call.bias is None
+
+
+def _refusal_operands(call: AttentionCall) -> Refusal | None:
+    if call.sinks is not None:
+        return Refusal(CODE, "attention has sinks, which a compressed cache's does not")
+    if call.q.meta["val"].dtype != call.k.meta["val"].dtype:
+        return Refusal(CODE, "queries and the cache differ in dtype")
+    return None
+
+
 def _refusal(node: fx.Node, call: AttentionCall, pair: Sequence[Sequence[Write]]) -> Refusal | None:
     """Return why the cache cannot be stored in another form."""
     if not all(pair):
@@ -197,9 +306,7 @@ def _refusal(node: fx.Node, call: AttentionCall, pair: Sequence[Sequence[Write]]
     order = {other: number for number, other in enumerate(node.graph.nodes)}
     for write in (keys, values):
         if isinstance(write.place, int) and write.place < 0:
-            return Refusal(
-                CODE, f"`{write.node.target}` writes it in a way that is not known", "index_copy_(2, places, tokens)"
-            )
+            return _unknown(write)
         if order[write.node] > order[node]:
             return Refusal(CODE, "tokens are written after attention has read the cache")
         others = [user for user in [*write.base.users, *write.node.users] if not _belongs(user, node, write)]
@@ -207,20 +314,20 @@ def _refusal(node: fx.Node, call: AttentionCall, pair: Sequence[Sequence[Write]]
             return Refusal(CODE, f"`{others[0].target}` reads the cache too", "leave the cache to its attention")
     if keys.place is not values.place and keys.place != values.place:
         return Refusal(CODE, "keys and values are written to places that are not the same tensor")
-    if call.mask is None:
+    whole = all(
+        w.place == 0 and same_size(w.tokens.meta["val"].shape[_DIM], w.base.meta["val"].shape[_DIM])
+        for w in (keys, values)
+    )
+    if call.mask is None and not (whole and _sees_all(call)):
         return Refusal(
             CODE, "without a mask attention reads places of the cache that hold nothing yet", "a mask over all places"
         )
-    if call.sinks is not None:
-        return Refusal(CODE, "attention has sinks, which a compressed cache's does not")
-    if call.q.meta["val"].dtype != call.k.meta["val"].dtype:
-        return Refusal(CODE, "queries and the cache differ in dtype")
-    return None
+    return _refusal_operands(call)
 
 
-def _belongs(user: fx.Node, attention: fx.Node, write: Write) -> bool:
+def _belongs(user: fx.Node, attention: fx.Node, write: Write | None) -> bool:
     """Tell whether a node that reads a cache is its attention, its write, or a view between them."""
-    if user in (attention, write.node):
+    if user is attention or (write is not None and user is write.node):
         return True
     if user.op != "call_function" or not (_is_same(user) or user.target is torch.ops.aten.slice.Tensor):
         return False

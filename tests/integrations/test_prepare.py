@@ -41,6 +41,21 @@ def sliding() -> Any:
     return Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
 
 
+def latents() -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 32}
+    sizes = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    experts = {
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "first_k_dense_replace": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**LLAMA, **heads, **sizes, **experts})).eval()
+
+
 def sinks() -> Any:
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -226,6 +241,8 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
     small = T5Config(vocab_size=20, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
     with pytest.raises(EffError, match="EFF-K205"):
         eff.prepare(T5ForConditionalGeneration(small), kv="int8-per-token")
+    with pytest.raises(EffError, match=r"EFF-K205.*DeepseekV3Attention caches latents"):
+        eff.prepare(latents(), kv="int8-per-token")
     prepared = eff.prepare(llama(attention_dropout=0.5), kv="int8-per-token").train()
     with pytest.raises(EffError, match=r"EFF-K205.*dropout"):
         prepared(words(1, 4), past_key_values=eff.kv_cache(prepared), use_cache=True)

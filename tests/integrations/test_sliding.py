@@ -115,8 +115,9 @@ def test_pages_and_evictions_beside_windows() -> None:
 @pytest.mark.parametrize(
     ("kv", "emit"),
     [
-        ("plain", "inductor"),
-        ("kivi{residual=32}", "interpreter"),
+        ("plain", "interpreter"),
+        pytest.param("plain", "inductor", marks=pytest.mark.slow),
+        pytest.param("kivi{residual=32}", "interpreter", marks=pytest.mark.slow),
         pytest.param("int8-per-token", "inductor", marks=pytest.mark.slow),
     ],
 )

@@ -220,7 +220,11 @@ def attend_many(
     before, kind = length - k.shape[2], q.dtype
     seen = None if mask is None else mask[..., before:length]
     q = q.float()
-    out, lse = _piece(q, k.float(), v.float(), seen, causal, scale)
+    if k.shape[2]:
+        out, lse = _piece(q, k.float(), v.float(), seen, causal, scale)
+    else:  # torch's kernel divides by the number of keys
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        lse = q.new_full(q.shape[:3], -math.inf)
     for start in range(0, before, _PIECE):
         stop = min(before, start + _PIECE)
         keys, values = read(start, stop)
