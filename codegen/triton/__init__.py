@@ -43,8 +43,11 @@ LAUNCHES = {
     "eff::probe_scores_v1": "probe:score",
     "eff::int8_attention_v1": "int8:attend",
     "eff::int8_blocks_v1": "int8_blocks:attend",
-    "eff::kv_attention_token8_v1": "kv_packed:attend_token8",
-    "eff::kv_attention_grouped_v1": "kv_packed:attend_grouped",
+    "eff::kv_attention_token8_v1": "kv_steps:attend_token8",
+    "eff::kv_attention_grouped_v1": "kv_steps:attend_grouped",
+    "eff::kv_attention_rows_v1": "kv_steps:attend_rows",
+    "eff::kv_attention_planes_v1": "kv_steps:attend_planes",
+    "eff::kv_attention_mixed_v1": "kv_steps:attend_mixed",
 }
 """Give for each op the file and the function that launches its kernel."""
 

@@ -1,13 +1,13 @@
 """Compute attention of one or a few new queries over the packed tokens of a KV cache, split among programs along the tokens.
 
 As in `decode.py`, the rows of a program are the (query, head) pairs of one KV head, so a code is read and unpacked once for them,
-and a second kernel merges the parts. Codes become numbers of the queries' dtype in registers. What is not packed, the tokens of the
-call and the last ones of `kivi`, are few: plain operations attend over them, and both results are merged by their LSE.
+and a second kernel merges the parts. Codes become numbers of the queries' dtype in registers. `kv_steps.py` has the ops.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,25 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from effcompile.codegen.triton import decode, launch
-from effcompile.codegen.triton.kernel import WORDS, Config, Form, Kernel
+from effcompile.codegen.triton.kernel import Config, Form, Kernel
 from effcompile.codegen.triton.parts import capped, online_softmax, store_rows
-from effcompile.ops import flash
-from effcompile.ops.kv import common, grouped, per_token
 
 PANEL8, PANEL = 64, 32
-FLOATS = 9
-"""As a number of bits: 8, as floats (e4m3)."""
+FLOATS, PLANES, ROWS8, ROWS4 = 9, 12, 16, 17
+"""As numbers of bits: 8 as floats (e4m3), 8 + 4 in two planes, and rows of 8 or 4 with a scale for each channel."""
 
 
 @triton.jit
 def packed(
-    q, k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros, mask, out, lse, count,
-    q_batch, q_head, q_row, m_batch, m_head, m_row, kv_heads, rows, capacity, splits, scale, softcap,
+    q, k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros, k_low, peak, mask, out, lse, most, count,
+    q_batch, q_head, q_row, m_batch, m_head, m_row, kv_heads, rows, capacity, splits, scale, softcap, theta,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, VROW: tl.constexpr, GROUP: tl.constexpr,
-    SPAN: tl.constexpr, BITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr, BITS: tl.constexpr, LOWER: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Run one part of the packed tokens of one (sequence, KV head); `out` and `lse` are as those of `decode`."""
+    """Run one part of the packed tokens of one (sequence, KV head); `out` and `lse` are as those of `decode`.
+
+    Of a cache in two planes, `most` gets the largest scores, in units of log2. A head whose `peak` is less than `theta` reads both
+    planes where LOWER is 1 or 2; every other head reads the upper one, or where LOWER is 1 nothing.
+    """
     part = tl.program_id(0) % splits
     owner = (tl.program_id(0) // splits).to(tl.int64)
     batch = owner // kv_heads
@@ -52,6 +54,15 @@ def packed(
     each = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
     lo = part * each
     hi = tl.minimum(lo + each, tokens)
+    if BITS == 12:
+        if LOWER > 0:
+            whole = tl.where(tl.load(peak + owner) < theta, hi, lo)  # up to where both planes are read
+        else:  # the upper plane stands for the middle of what the lower one may add
+            middle = tl.sum(queries.to(tl.float32), 1) * 8.0
+        if LOWER == 1:
+            hi = whole
+    if BITS >= 16:
+        by_channel = tl.load(k_scales + head * D + columns, mask=columns < D, other=0.0)
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BV], tl.float32)
@@ -59,12 +70,30 @@ def packed(
         slot = start + tl.arange(0, BLOCK_N)
         valid = slot < hi
         there = valid[None, :] & (columns < D)[:, None]
-        if BITS >= 8:
+        if BITS >= 16:
+            keys_of = k_codes + owner * capacity * D * (18 - BITS) // 2
+            codes = row_codes(keys_of, slot[None, :], columns[:, None], there, D, BITS)
+            keys = (codes * by_channel[:, None]).to(queries.dtype)
+            scores = tl.dot(queries, keys, input_precision=PRECISION)
+        elif BITS >= 8:
             panel = owner * capacity * D + (slot // 64) * (D * 64) + slot % 64
             codes = tl.load(k_codes + panel[None, :] + columns[:, None] * 64, mask=there, other=0)
             keys = widened(codes, BITS).to(queries.dtype)
+            scores = tl.dot(queries, keys, input_precision=PRECISION)
+            if BITS == 12:
+                # Each plane is exact in any dtype of queries; their sum of 12 bits is not.
+                if LOWER > 0:
+                    panel = owner * (capacity * D // 2) + (slot // 64) * (D * 32) + slot % 64
+                    # What is not read is 8: a branch around a product is more than some compilers take.
+                    address = panel[None, :] + (columns // 2)[:, None] * 64
+                    pairs = tl.load(k_low + address, mask=there & (slot < whole)[None, :], other=136)
+                    nibbles = (pairs.to(tl.int32) >> ((columns % 2) * 4)[:, None]) & 15
+                    lower = tl.dot(queries, nibbles.to(tl.float32).to(queries.dtype), input_precision=PRECISION)
+                else:
+                    lower = tl.broadcast_to(middle[:, None], (BLOCK_M, BLOCK_N))
+                scores = scores * 16.0 + lower
             by = tl.load(k_scales + owner * capacity + slot, mask=valid, other=0.0).to(tl.float32)
-            scores = tl.dot(queries, keys, input_precision=PRECISION) * by[None, :]
+            scores = scores * by[None, :]
         else:
             token = slot % 32
             if BITS == 4:
@@ -96,7 +125,10 @@ def packed(
         # What no row sees may be anything, and 0 * NaN is NaN.
         read = (tl.max(seen.to(tl.int32), 0) != 0) & valid
         there = read[:, None] & (channels < DV)[None, :]
-        if BITS >= 8:
+        if BITS >= 16:
+            values_of = v_codes + owner * capacity * DV * (18 - BITS) // 2
+            values = row_codes(values_of, slot[:, None], channels[None, :], there, DV, BITS).to(queries.dtype)
+        elif BITS >= 8:
             by = tl.load(v_scales + owner * capacity + slot, mask=read, other=0.0).to(tl.float32)
             weights = weights * by[None, :]
             rows_of = owner * capacity * VROW + slot * VROW
@@ -117,10 +149,23 @@ def packed(
             values = (codes.to(tl.float32) * by + zero).to(queries.dtype)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
 
+    if BITS >= 16:
+        acc = acc * tl.load(v_scales + head * DV + channels, mask=channels < DV, other=0.0)[None, :]
     divisor = tl.where(total == 0.0, 1.0, total)
     where = (owner * rows * GROUP + place) * splits + part
     tl.store(lse + where, tl.where(total == 0.0, float("-inf"), high + tl.log2(divisor)), mask=live)
+    if BITS == 12:
+        tl.store(most + where, high, mask=live)
     store_rows(out, where, live, acc / divisor[:, None], DV, 0)
+
+
+@triton.jit
+def row_codes(base, slot, channel, there, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Return codes of rows of WIDTH channels as floats: 8 bits (16), or 4 of which the even channel is the low half (17)."""
+    if BITS == 16:
+        return tl.load(base + slot * WIDTH + channel, mask=there, other=0).to(tl.float32)
+    pairs = tl.load(base + slot * (WIDTH // 2) + channel // 2, mask=there, other=0).to(tl.int32)
+    return (((pairs >> (channel % 2 * 4)) & 15) - 8).to(tl.float32)
 
 
 @triton.jit
@@ -143,20 +188,26 @@ def form(
     group: int = 4,
     rows: int = 1,
     span: int = 32,
+    planes: int = 0,
     masked: bool = True,
     capped: bool = False,
 ) -> Form:
-    """Return the form for `group` query heads a KV head and `rows` queries a sequence; `span` is the group of a grouped cache."""
-    codes = "*i8" if bits == 8 else "*u8"
+    """Return the form for `group` query heads a KV head and `rows` queries a sequence.
+
+    `span` is the group of a grouped cache, `planes` says who reads the lower plane of one in two planes.
+    """
+    codes = "*i8" if bits in (8, PLANES, ROWS8) else "*u8"
     types = (
         ("q", f"*{dtype}"),
         ("k_codes v_codes", codes),
-        ("k_scales v_scales k_zeros v_zeros", "*fp16"),
+        ("k_scales v_scales k_zeros v_zeros", "*fp32" if bits in (ROWS8, ROWS4) else "*fp16"),
+        ("k_low", "*u8"),
+        ("peak", "*fp32"),
         ("mask", "*u8"),
-        ("out lse", "*fp32"),
+        ("out lse most", "*fp32"),
         ("count", "*i64"),
         ("q_batch q_head q_row m_batch m_head m_row kv_heads rows capacity splits", "i32"),
-        ("scale softcap", "fp32"),
+        ("scale softcap theta", "fp32"),
     )
     sizes = {
         "D": width,
@@ -164,11 +215,12 @@ def form(
         "BD": max(16, launch.power(width)),
         "BV": max(16, launch.power(value_width)),
     }
-    sizes |= {"VROW": -(-value_width // 16) * 16, "GROUP": group, "SPAN": span, "BITS": bits}
+    sizes |= {"VROW": -(-value_width // 16) * 16, "GROUP": group, "SPAN": span, "BITS": bits, "LOWER": planes}
     sizes |= {"BLOCK_M": 1 << max(4, (group * rows - 1).bit_length())}
     flags = {"HAS_MASK": masked, "HAS_SOFTCAP": capped}
     told = [word for word, said in zip(("mask", "cap"), flags.values()) if said]
-    what = {8: "int8", FLOATS: "fp8", 4: f"int4.{span}", 2: f"int2.{span}"}[bits]
+    words = {8: "int8", FLOATS: "fp8", PLANES: f"planes{planes}", ROWS8: "rows8", ROWS4: "rows4"}
+    what = words.get(bits) or f"int{bits}.{span}"
     shape = f"d{width}" if width == value_width else f"d{width}.{value_width}"
     return Form(
         "-".join((dtype, what, shape, f"g{group}", *((f"q{rows}",) if rows > 1 else ()), *told)),
@@ -185,6 +237,11 @@ def forms(arch: str) -> tuple[Form, ...]:
         form("bf16", arch, 128, 128, FLOATS),
         form("bf16", arch, 128, 128, 4),
         form("fp16", arch, 64, 64, 2, group=8, rows=2, masked=False),
+        form("bf16", arch, 128, 128, ROWS8),
+        form("fp16", arch, 64, 64, ROWS4, group=8, rows=2, masked=False),
+        form("bf16", arch, 128, 128, PLANES),
+        form("bf16", arch, 128, 128, PLANES, planes=1),
+        form("bf16", arch, 128, 128, PLANES, planes=2),
     )
 
 
@@ -203,136 +260,92 @@ def configs(shape: Form, arch: str) -> tuple[Config, ...]:
 KERNELS = (Kernel("kv_packed", packed, forms, configs),)
 
 
-def attend_token8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    v_codes: Tensor,
-    k_scales: Tensor,
-    v_scales: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    window: int = 0,
-    format: str = "",
-    *,
-    splits: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Run `eff::kv_attention_token8_v1` (see effcompile/ops/kv/per_token.py) with the kernels where they take it."""
-    if not _takes(q, k, v, mask):
-        whole = (q, k, v, k_codes, v_codes, k_scales, v_scales, length, mask, causal, scale, softcap)
-        return per_token.attend(*whole, scored=False)[:2]
-    bits = FLOATS if k_codes.dtype == torch.uint8 else 8
-    state = (k_codes, v_codes, k_scales, v_scales, k_scales, v_scales)
-    rest = common.attention(q, (k[:, :, :0], v[:, :, :0]), k, v, length, mask, causal, scale, softcap)
-    old = _over(q, v.shape[3], state, length - k.shape[2], k_scales.shape[2], mask, scale, softcap, bits, PANEL, splits)
-    return _merged(q, old, rest)
+@dataclass(frozen=True)
+class Packed:
+    """Hold the packed tokens of a cache: codes and scales of keys and values, and the zeros that a grouped one has.
+
+    `span` is the group of a grouped cache, `low` the lower plane of one in two planes.
+    """
+
+    bits: int
+    capacity: int
+    k_codes: Tensor
+    v_codes: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
+    zeros: tuple[Tensor, Tensor] | None = None
+    span: int = PANEL
+    low: Tensor | None = None
 
 
-def attend_grouped(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_codes: Tensor,
-    v_codes: Tensor,
-    k_scales: Tensor,
-    v_scales: Tensor,
-    k_zeros: Tensor,
-    v_zeros: Tensor,
-    k_recent: Tensor,
-    v_recent: Tensor,
-    length: Tensor,
-    packed: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    bits: int,
-    window: int = 0,
-    format: str = "",
-    *,
-    splits: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Run `eff::kv_attention_grouped_v1` (see effcompile/ops/kv/grouped.py) with the kernels where they take it."""
-    state = (k_codes, v_codes, k_scales, v_scales, k_zeros, v_zeros)
-    if not _takes(q, k, v, mask):
-        rest_of: tuple[Any, ...] = (k_recent, v_recent, length, packed, mask, causal, scale, softcap, bits)
-        return grouped.attend(q, k, v, *state, *rest_of, scored=False)[:2]
-    before = length - k.shape[2]
-    done, capacity = torch.minimum(packed, before), v_scales.shape[3]
-    span = v_recent.shape[3] // v_scales.shape[2]
-    # Slot s of the unpacked tokens holds the token from there on that is s modulo their number; put in order, they are a cache.
-    slots = (done + torch.arange(k_recent.shape[2], device=q.device)) % k_recent.shape[2]
-    recent = (k_recent.index_select(2, slots), v_recent.index_select(2, slots))
-    own = None
-    if mask is not None:
-        columns = done + torch.arange(k_recent.shape[2] + k.shape[2], device=q.device)
-        own = mask.index_select(3, columns.clamp(max=mask.shape[3] - 1))
-    rest = common.attention(q, recent, k, v, length - done, own, causal, scale, softcap)
-    old = _over(q, v.shape[3], state, done, capacity, mask, scale, softcap, bits, span, splits)
-    return _merged(q, old, rest)
-
-
-def _takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Tell whether the kernel runs a call: a few queries, a mask of bool, and dimensions and dtypes that it knows."""
-    rows, widest = q.shape[2] * (q.shape[1] // k.shape[1]), max(q.shape[3], v.shape[3])
-    known = str(q.dtype).removeprefix("torch.") in WORDS and k.dtype == q.dtype
-    return rows <= 128 and widest <= launch.WIDEST and known and (mask is None or mask.dtype == torch.bool)
-
-
-def _merged(q: Tensor, old: tuple[Tensor, Tensor], rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    out, lse = flash.merge(old, (rest[0].float(), rest[1].float()))
-    return out.to(q.dtype), lse
-
-
-def _over(
+def over(
     q: Tensor,
     value_width: int,
-    state: tuple[Tensor, ...],
+    state: Packed,
     count: Tensor,
-    capacity: int,
     mask: Tensor | None,
     scale: float,
     softcap: float,
-    bits: int,
-    span: int,
     splits: int,
-) -> tuple[Tensor, Tensor]:
-    """Return attention over the first `count` tokens of packed ones, float32 `[B, Hq, Q, Dv]`, and its LSE.
+    *,
+    planes: int = 0,
+    peak: Tensor | None = None,
+    theta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return attention over the first `count` packed tokens, float32 `[B, Hq, Q, Dv]`, its LSE and, of two planes, largest scores.
 
     Raises:
         EffError: EFF-K101 for the chip.
     """
     q, scale = launch.positive(launch.dense_rows(q), scale)
     batch, heads, rows, width = q.shape
-    kv_heads = state[0].shape[1]
+    kv_heads, bits = state.k_codes.shape[1], state.bits
     group = heads // kv_heads
     arch = launch.architecture_of(q)
     flags = {"masked": mask is not None, "capped": softcap != 0.0}
-    shape = form(launch.word(q), arch, width, value_width, bits, group=group, rows=rows, span=span, **flags)
+    sizes = {"group": group, "rows": rows, "span": state.span, "planes": planes}
+    shape = form(launch.word(q), arch, width, value_width, bits, **sizes, **flags)  # type: ignore[arg-type]
     config = configs(shape, arch)[0]
     out = q.new_empty((batch, heads, rows, value_width), dtype=torch.float32)
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
+    two = bits == PLANES
     if out.numel() == 0:
-        return out, lse
-    splits = splits or launch.splits(batch * kv_heads, launch.cdiv(capacity, config.constants["BLOCK_N"]), q)
+        return out, lse, lse if two else None
+    splits = splits or launch.splits(batch * kv_heads, launch.cdiv(state.capacity, config.constants["BLOCK_N"]), q)
     parts = q.new_empty((batch, kv_heads, rows * group, splits, value_width), dtype=torch.float32)
     part_lse = q.new_empty(parts.shape[:4], dtype=torch.float32)
+    most = torch.empty_like(part_lse) if two else part_lse
     strides = (0, 0, 0)
     told = q
     if mask is not None:
         told = launch.dense_rows(mask).view(torch.uint8)
         strides = tuple(told.stride(d) if told.shape[d] > 1 else 0 for d in range(3))  # type: ignore[assignment]
     where = count.reshape(1).to(torch.int64)
+    scales = (state.k_scales, state.v_scales)
+    low, last_peak = state.k_codes if state.low is None else state.low, part_lse if peak is None else peak
     runtime = (
-        *(q, *state, told, parts, part_lse, where, q.stride(0), q.stride(1), q.stride(2), *strides),
-        *(kv_heads, rows, capacity, splits, scale, softcap),
+        *(
+            q,
+            state.k_codes,
+            state.v_codes,
+            *scales,
+            *(state.zeros or scales),
+            low,
+            last_peak,
+            told,
+            parts,
+            part_lse,
+            most,
+        ),
+        *(where, q.stride(0), q.stride(1), q.stride(2), *strides),
+        *(kv_heads, rows, state.capacity, splits, scale, softcap, theta),
     )
     launch.run(KERNELS[0], (batch * kv_heads * splits,), runtime, shape, config, False)
     last = decode.merge_form(value_width, group, splits)
     merged = (parts, part_lse, out, lse, kv_heads, rows, splits)
     launch.run(decode.KERNELS[1], (batch * heads * rows,), merged, last, decode.merge_configs(last, arch)[0], False)
-    return out, lse
+    if not two:
+        return out, lse, None
+    # Rows of a KV head lie as (query, head), scores as (head, query), in natural units.
+    largest = most.amax(-1).unflatten(2, (rows, group)).transpose(2, 3).flatten(1, 2) * math.log(2.0)
+    return out, lse, largest

@@ -59,5 +59,5 @@ def register() -> None:
     # Kernels live above the ops, so their folder is named here and not imported; an op without a kernel is still whole.
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}
     kernels = importlib.import_module("effcompile.codegen.triton")
-    caches = ("eff::kv_attention_token8_v1", "eff::kv_attention_grouped_v1")
+    caches = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
     kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1", *caches))

@@ -95,8 +95,7 @@ def attend(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     Operands: q, k, v, both parts, k_recent, v_recent, length, seen (both before the call), mask, causal, scale, softcap, bits of
     both parts, window, format. The third result is what the queries read, `[B, Hkv, R + S]` as in `mix`.
     """
-    q, k, v = given[:3]
-    parts, rest = (given[3 : 3 + _EACH], given[3 + _EACH : 3 + 2 * _EACH]), given[3 + 2 * _EACH :]
+    q, k, v, parts, rest = operands(given)
     k_recent, v_recent, length, seen, mask, causal, scale, softcap, high, low = rest[:10]
     recent, fresh, total = int(length), k.shape[2], int(seen)
     common.check_mask(mask, q, total + fresh, causal, fresh)
@@ -105,7 +104,7 @@ def attend(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     for part, bits in zip(parts, (high, low)):
         count = int(part[-3])
         if count:
-            own = _of_places(mask, part[-1][:, :, :count], q)
+            own = of_places(mask, part[-1][:, :, :count], q)
             found.append(_over(part, bits, q, none, v[:, :, :0], own, scale, softcap))
     last = None if mask is None else mask[..., total - recent : total + fresh]
     state = (k_recent, v_recent, length + fresh)
@@ -113,9 +112,12 @@ def attend(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     assert logits is not None
     for other in found:
         out, lse = flash.merge((out.float(), lse), (other[0].float(), other[1]))
-    shift = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
-    gain = scores.by_key_head(torch.exp(logits - shift).nan_to_num(nan=0.0).sum(2), k.shape[1])
-    return out.to(q.dtype), lse, gain
+    return out.to(q.dtype), lse, scores.gained(logits, lse, k.shape[1])
+
+
+def operands(given: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, tuple[Sequence[Any], Sequence[Any]], Sequence[Any]]:
+    """Return q, k, v, both parts and the rest of the operands of an attention."""
+    return (*given[:3], (given[3 : 3 + _EACH], given[3 + _EACH : 3 + 2 * _EACH]), given[3 + 2 * _EACH :])  # type: ignore[return-value]
 
 
 def _over(
@@ -138,7 +140,7 @@ def _over(
     return torch.cat([out for out, _ in found], 2), torch.cat([lse for _, lse in found], 2)
 
 
-def _of_places(mask: Tensor | None, positions: Tensor, q: Tensor) -> Tensor | None:
+def of_places(mask: Tensor | None, positions: Tensor, q: Tensor) -> Tensor | None:
     """Return the columns of a mask that belong to the tokens at some places, `[B, Hq, Q, C]`."""
     if mask is None:
         return None

@@ -51,6 +51,12 @@ def by_key_head(per_query_head: Tensor, kv_heads: int) -> Tensor:
     return per_query_head.unflatten(1, (kv_heads, -1)).sum(2)
 
 
+def gained(scores: Tensor, lse: Tensor, kv_heads: int) -> Tensor:
+    """Return what queries read of each token, `[B, Hkv, N]`, of scores `[B, Hq, Q, N]` and the LSE over these and others."""
+    shift = torch.where(lse == -math.inf, 0.0, lse)[..., None]
+    return by_key_head(torch.exp(scores - shift).nan_to_num(nan=0.0).sum(2), kv_heads)
+
+
 def by_query_head(per_key_head: Tensor, heads: int) -> Tensor:
     """Repeat `[B, Hkv, ...]` for the query heads of each key head: `[B, Hq, ...]`."""
     return per_key_head.repeat_interleave(heads // per_key_head.shape[1], 1)

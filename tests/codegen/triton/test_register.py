@@ -22,7 +22,7 @@ def overload(name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, namespace), short).default
 
 
-CACHES = ("eff::kv_attention_token8_v1", "eff::kv_attention_grouped_v1")
+CACHES = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
 OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1", *CACHES)
 
 
