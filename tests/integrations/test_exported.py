@@ -294,7 +294,9 @@ def test_programs_that_transformers_exports(kind: str) -> None:
         model.generation_config.update(cache_implementation="static", use_cache=True)
         model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 32}
         program = executorch.convert_and_export_with_cache(model)
-        steps = [{"input_ids": torch.tensor([[n * 7 % 63 + 1]]), "cache_position": torch.tensor([n])} for n in range(20)]
+        steps = [
+            {"input_ids": torch.tensor([[n * 7 % 63 + 1]]), "cache_position": torch.tensor([n])} for n in range(20)
+        ]
         calls = [((), step) for step in steps]
     else:
         config = T5Config(vocab_size=64, d_model=64, d_ff=64, num_layers=2, num_heads=2, d_kv=32)
