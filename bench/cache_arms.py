@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +46,27 @@ Past = list[tuple[Tensor, Tensor]]
 class CacheArm:
     """Hold a way to decode: `call` takes token ids `[1, n]` and returns their logits `[1, n, V]`.
 
-    `rewind` sets the cache back to the prompt; `nbytes` counts the bytes that it holds now.
+    `rewind` sets the cache back to the prompt; `nbytes` counts the bytes that it holds now. `fill` gives the cache another prompt
+    of as many tokens, so that what was compiled for it serves again; None where an arm has to be made anew for that.
     """
 
     call: Callable[[Tensor], Tensor]
     rewind: Callable[[], None]
     nbytes: Callable[[], int]
+    fill: Callable[[Past], None] | None = None
+
+
+def twin(model: Any) -> Any:
+    """Return a copy of a model that shares its parameters and buffers."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+
+
+def shorten(model: Any, layers: int) -> None:
+    """Leave the first layers of a decoder, whose numbers mean nothing then: for runs that only see whether all goes well."""
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
 
 
 def prefill(model: Any, ids: Tensor) -> Past:
@@ -124,29 +140,49 @@ def make_arm(
         cache: Any = eff.kv_cache(prepared, spelled(name, ranges), capacity=capacity, batch=None if mixed else 1)
         if mixed:
             prepared(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        for layer, (k, v) in zip(cache.packed, [] if mixed else past):
-            layer.append(k, v)
-        states = [layer.state for layer in cache.packed]
-        kept = [{part: tensor.clone() for part, tensor in state.items()} for state in states]
+        kept: list[dict[str, Tensor]] = []
+
+        def fill(past: Past) -> None:
+            cache.reset()
+            for layer, (k, v) in zip(cache.packed, past):
+                layer.append(k, v)
+            keep()
+
+        def keep() -> None:
+            kept[:] = [{part: tensor.clone() for part, tensor in layer.state.items()} for layer in cache.packed]
 
         def rewind() -> None:
-            for state, saved in zip(states, kept):
+            for layer, saved in zip(cache.packed, kept):
                 for part, tensor in saved.items():
-                    state[part].copy_(tensor)
+                    layer.state[part].copy_(tensor)
 
-        return CacheArm(_stepper(_compiled(prepared, "eff"), cache), rewind, cache.nbytes)
+        if mixed:
+            keep()
+        else:
+            fill(past)
+        step = _stepper(_compiled(prepared, "eff"), cache)
+        return CacheArm(step, rewind, cache.nbytes, None if mixed else fill)
     cache = _own_cache(name, plain, capacity)
-    for number, (k, v) in enumerate(past):
-        cache.update(k, v, number)
+    held: list[dict[str, Any]] = []
+
+    def refill(past: Past) -> None:
+        cache.reset()
+        put(past)
+
+    def put(past: Past) -> None:
+        for number, (k, v) in enumerate(past):
+            cache.update(k, v, number)
+        # What a layer holds is replaced by the next update, or counted by a tensor.
+        held[:] = [
+            {
+                key: value.clone() if key == "cumulative_length" and isinstance(value, Tensor) else value
+                for key, value in vars(layer).items()
+            }
+            for layer in cache.layers
+        ]
+
+    put(past)
     function = plain if "-" not in name or "quantized" in name else _compiled(plain, name.partition("-")[2])
-    # What a layer holds is replaced by the next update, or counted by a tensor.
-    held = [
-        {
-            key: value.clone() if key == "cumulative_length" and isinstance(value, Tensor) else value
-            for key, value in vars(layer).items()
-        }
-        for layer in cache.layers
-    ]
 
     def reset() -> None:
         for layer, saved in zip(cache.layers, held):
@@ -156,7 +192,8 @@ def make_arm(
                 else:
                     setattr(layer, key, value)
 
-    return CacheArm(_stepper(function, cache), reset, lambda: sum(_bytes(vars(layer)) for layer in cache.layers))
+    size = lambda: sum(_bytes(vars(layer)) for layer in cache.layers)  # noqa: E731
+    return CacheArm(_stepper(function, cache), reset, size, refill if name.startswith("static") else None)
 
 
 def _own_cache(name: str, model: Any, capacity: int) -> Any:

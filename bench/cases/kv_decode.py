@@ -28,7 +28,9 @@ from bench.cache_arms import (
     key_reader,
     make_arm,
     prefill,
+    shorten,
     spelled,
+    twin,
 )
 from bench.case import Case as BaseCase
 from bench.case import Row, Settings, Watch, grid
@@ -45,6 +47,7 @@ from effcompile.models.text import austen_text, pydoc_text, token_windows
 
 FORMS = ("speed", "quality", "evict", "generate")
 BASE = "static-inductor"
+QUICK_LAYERS = 1
 OTHER = "caches that drop tokens are compared in the form evict"
 
 
@@ -63,7 +66,7 @@ class KVDecode(BaseCase):
         "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
         "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
-        "groups of 32, residual 128, eager."
+        "groups of 32, residual 128, eager. With --quick the model has one layer, and its numbers mean nothing."
     )
     unit: ClassVar[str] = "token"
     headline: ClassVar[bool] = False
@@ -100,14 +103,16 @@ class KVDecode(BaseCase):
         load = [os.getloadavg()[0]]
         dtype, form = DTYPES[str(row.parameters["dtype"])], str(row.parameters["form"])
         watch.say("loading the model")
-        plain, prepared = (zoo.load(self.model, dtype=dtype) for _ in range(2))
-        eff.prepare(prepared.model, kv="int8-per-token")
+        plain = zoo.load(self.model, dtype=dtype)
+        if settings.quick:
+            shorten(plain.model, QUICK_LAYERS)
+        prepared = eff.prepare(twin(plain.model), kv="int8-per-token")
         names = self.chosen_arms(settings)
         with torch.no_grad(), _many_graphs():
             run = {"speed": self._speed, "quality": self._quality, "evict": self._evict, "generate": self._generate}[
                 form
             ]
-            arms, spreads = run(plain, prepared.model, names, int(row.parameters["length"]), settings, watch)
+            arms, spreads = run(plain, prepared, names, int(row.parameters["length"]), settings, watch)
         release()
         load.append(os.getloadavg()[0])
         return [
@@ -122,8 +127,10 @@ class KVDecode(BaseCase):
             }
         ]
 
-    def _ranges(self, plain: ZooModel) -> str:
-        """Return a file of ranges, measured once on another text than what is decoded."""
+    def _ranges(self, name: str, plain: ZooModel) -> str:
+        """Return a file of ranges where an arm needs one, measured once on another text than what is decoded."""
+        if not FORMATS.get(name, "").startswith("static-channel"):
+            return ""
         path = Path(tempfile.gettempdir()) / f"eff-kv-ranges-{os.getpid()}-{id(plain):x}.json"
         if not path.is_file():
             eff.calibrate_kv(plain.model, token_windows(plain.tokenizer, austen_text(), 512, 2)[:, None], path)
@@ -146,7 +153,8 @@ class KVDecode(BaseCase):
             watch.say(f"preparing {name}")
             begun = time.perf_counter()
             try:
-                arm = make_arm(name, plain.model, prepared, past, length, self._ranges(plain), ids[:, : length - steps])
+                ranges = self._ranges(name, plain)
+                arm = make_arm(name, plain.model, prepared, past, length, ranges, ids[:, : length - steps])
                 _steps(arm, last)
             except Exception as error:
                 arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
@@ -179,6 +187,7 @@ class KVDecode(BaseCase):
         names = [name for name in names if name not in EVICTIONS]
         samples: dict[str, list[float]] = {}
         scores: dict[str, Score] = {}
+        made: dict[str, CacheArm] = {}  # of an arm that can be filled again, what was compiled serves all windows
         timer = timer_for("cpu")
         for ids in windows[:, None]:
             past = prefill(plain.model, ids[:, :prompt])
@@ -187,10 +196,14 @@ class KVDecode(BaseCase):
             for name in names:
                 watch.say(name)
                 try:
-                    given = (name, plain.model, prepared, past, length, self._ranges(plain), ids[:, :prompt])
-                    arm = make_arm(*given)
-                    _steps(arm, ids[:, prompt : prompt + 1])
-                    arm.rewind()
+                    arm = made.get(name)
+                    if arm is not None and arm.fill is not None:
+                        arm.fill(past)
+                    else:
+                        given = (name, plain.model, prepared, past, length, self._ranges(name, plain), ids[:, :prompt])
+                        arm = made[name] = make_arm(*given)
+                        _steps(arm, ids[:, prompt : prompt + 1])
+                        arm.rewind()
                 except Exception as error:
                     arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
                     continue
@@ -245,7 +258,7 @@ class KVDecode(BaseCase):
             wanted = plain.model.generate(ids, cache_implementation="static", disable_compile=True, **given)
             for name in (name for name in names if name in FORMATS):
                 watch.say(name)
-                cache = eff.kv_cache(prepared, spelled(name, self._ranges(plain)), capacity=length + tokens)
+                cache = eff.kv_cache(prepared, spelled(name, self._ranges(name, plain)), capacity=length + tokens)
                 seconds, found = timer.time(
                     lambda cache=cache, ids=ids: prepared.generate(
                         ids, past_key_values=cache, disable_compile=True, **given
