@@ -40,10 +40,14 @@ def write_onnx(
 
 
 def _info(value: Any) -> TensorInfo:
-    shape = tuple(
-        size if isinstance(size, int) else str(getattr(size, "value", None) or "?") for size in value.shape or ()
+    return TensorInfo(
+        str(value.name), str(value.dtype).lower().removeprefix("datatype."), tuple(_size(x) for x in value.shape or ())
     )
-    return TensorInfo(str(value.name), str(value.dtype).lower().removeprefix("datatype."), shape)
+
+
+def _size(size: Any) -> int | str:
+    text = str(getattr(size, "value", size))
+    return int(text) if text.isdigit() else text
 
 
 def _forget(model: Any) -> None:

@@ -28,6 +28,7 @@ pytest.importorskip("onnxruntime")
         ("zoo:llama-tiny", 23, "Attention", 2),
         ("zoo:encoder-tiny", 20, "Softmax", 2),
         pytest.param("zoo:vit-tiny", 20, "Softmax", 2, marks=pytest.mark.slow),
+        # Its two sides are held to each other: only the batch varies alone.
         pytest.param("zoo:dit-tiny", 20, "Softmax", 2, marks=pytest.mark.slow),
         pytest.param("zoo:seq2seq-tiny", 20, "Softmax", 6, marks=pytest.mark.slow),
         pytest.param("zoo:mixtral-tiny", 20, "Softmax", 4, marks=pytest.mark.slow),
@@ -43,7 +44,7 @@ def test_models_of_the_zoo(name: str, opset: int, operator: str, sites: int, tmp
     assert not any(site.status == "dropped" for site in made.sites)
     assert max(check.error for check in made.checks) < 1e-5
     free = {size for tensor in made.inputs for size in tensor.shape if isinstance(size, str)}
-    assert len({check.sizes for check in made.checks}) == 1 + len(free)
+    assert len({check.sizes for check in made.checks}) == 1 + (1 if name == "zoo:dit-tiny" else len(free))
     with read_artifact(tmp_path / "a") as found:
         graph = onnx.load(str(found.file("model.onnx"))).graph
         assert operator in {node.op_type for node in graph.node}

@@ -21,6 +21,7 @@ from effcompile.planning.planner import KERNEL, Circumstances, make_plan, source
 from effcompile.targets import cpu
 
 TARGETS = {
+    "intel-x86-64-amx+bf16": Target(cpu.model(cpu.AMX, cores=2, clock=2.6e9, vendor="intel")),
     "intel-x86-64-avx512": Target(cpu.model(cpu.AVX512_VNNI, cores=2, clock=2.5e9, vendor="intel")),
     "amd-x86-64-avx512+bf16": Target(cpu.model(cpu.AVX512_BF16_NARROW, cores=2, clock=2.6e9, vendor="amd")),
 }
