@@ -48,6 +48,8 @@ LAUNCHES = {
     "eff::kv_attention_rows_v1": "kv_steps:attend_rows",
     "eff::kv_attention_planes_v1": "kv_steps:attend_planes",
     "eff::kv_attention_mixed_v1": "kv_steps:attend_mixed",
+    "eff::moe_v1": "moe:experts",
+    "eff::moe_quantized_v1": "moe:quantized",
 }
 """Give for each op the file and the function that launches its kernel."""
 
@@ -74,8 +76,8 @@ def traced_name(op: str) -> str:
 def register(references: dict[str, Callable[..., Any]], opaque: tuple[str, ...] = ()) -> None:
     """Give the ops their CUDA implementation and their twins, once; without Triton the reference bodies stay.
 
-    `references` are the bodies by op name: a twin takes its signature from them. Ops in `opaque` have no twin, since what
-    they do depends on data.
+    `references` are the bodies by op name: a twin takes its signature from them. Ops in `opaque` have no twin: how they
+    are launched depends on data, or on how many rows there are.
     """
     if not installed():
         return

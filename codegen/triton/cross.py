@@ -99,6 +99,8 @@ def front_end(kernel: Kernel, form: Form, config: Config, compute: str, ones: tu
     target = GPUTarget("cuda", int(compute.removeprefix("sm_")), 32)
     types, constants, attributes = signature(kernel, form, config)
     types |= dict.fromkeys(ones, "constexpr")
+    names = kernel.parameters()
+    attributes = {place: said for place, said in attributes.items() if names[place[0]] not in ones}
     source = ASTSource(kernel.function, types, {**constants, **dict.fromkeys(ones, 1)}, attributes)
     backend, context = make_backend(target), ir.context()
     options = backend.parse_options({**config.options, "enable_fp_fusion": True})

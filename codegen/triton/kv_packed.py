@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effcompile.codegen.triton import decode, launch
 from effcompile.codegen.triton.kernel import Config, Form, Kernel
-from effcompile.codegen.triton.parts import capped, online_softmax, store_rows
+from effcompile.codegen.triton.parts import capped, online_softmax, store_rows, widened
 
 PANEL8, PANEL = 64, 32
 FLOATS, PLANES, ROWS8, ROWS4 = 9, 12, 16, 17
@@ -166,16 +166,6 @@ def row_codes(base, slot, channel, there, WIDTH: tl.constexpr, BITS: tl.constexp
         return tl.load(base + slot * WIDTH + channel, mask=there, other=0).to(tl.float32)
     pairs = tl.load(base + slot * (WIDTH // 2) + channel // 2, mask=there, other=0).to(tl.int32)
     return (((pairs >> (channel % 2 * 4)) & 15) - 8).to(tl.float32)
-
-
-@triton.jit
-def widened(codes, BITS: tl.constexpr):
-    """Return 8-bit codes as floats."""
-    if BITS == 9:
-        # A float of 8 bits is the upper part of a half, but for a factor of 256.
-        bits = ((codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16512).to(tl.int16)
-        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return codes.to(tl.float32)
 
 
 def form(

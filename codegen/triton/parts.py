@@ -1,4 +1,4 @@
-"""Hold the device functions that several attention kernels are made of.
+"""Hold the device functions that several kernels are made of.
 
 Every exponential is `exp2`: log2(e) is part of the factor that scales the scores.
 """
@@ -137,3 +137,13 @@ def logsumexp(high, total):
     return tl.where(
         total == 0.0, float("-inf"), (high + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
     )
+
+
+@triton.jit
+def widened(codes, BITS: tl.constexpr):
+    """Return 8-bit codes as floats: whole numbers where BITS is 8, floats of 8 bits (e4m3, no NaN) where it is 9."""
+    if BITS == 9:
+        # A float of 8 bits is the upper part of a half, but for a factor of 256.
+        bits = ((codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16512).to(tl.int16)
+        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return codes.to(tl.float32)

@@ -30,6 +30,7 @@ def register() -> None:
         mask_tensor,
         moe,
         moe_capacity,
+        moe_quantized,
         packing,
         paged_decode,
         tiled,
@@ -51,6 +52,7 @@ def register() -> None:
         mask_tensor,
         moe,
         moe_capacity,
+        moe_quantized,
         packing,
         tiled,
     )
@@ -60,4 +62,5 @@ def register() -> None:
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}
     kernels = importlib.import_module("effcompile.codegen.triton")
     caches = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
-    kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1", *caches))
+    experts = (moe.NAME, moe_quantized.NAME)
+    kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1", *caches, *experts))

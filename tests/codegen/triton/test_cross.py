@@ -72,13 +72,19 @@ def test_no_default_config_spills_and_all_fit(table: dict[str, dict]) -> None:
 
 
 def test_matrix_units_are_used(table: dict[str, dict]) -> None:
-    """16-bit attention runs on the widest unit of its chip: wgmma on Hopper, tcgen05 on data-center Blackwell."""
+    """16-bit attention and experts run on the widest unit of their chip: wgmma on Hopper, tcgen05 on data-center Blackwell.
+
+    Those units take 64 rows or more; blocks of 16 rows run on the older one.
+    """
     unit = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma", "gfx950": "mfma"}
     for key, line in table.items():
         name, form, arch = key.split("/")
         kind = unit.get(arch, "mma")
-        if name in ("flash", "block_sparse") and not form.startswith("fp32"):
+        wide = name in ("flash", "block_sparse") or (name in ("moe_first", "moe_second") and "-m16" not in form)
+        if wide and not form.startswith("fp32"):
             assert line["matrix"] == [kind], key
+        elif name in ("moe_first", "moe_second") and not form.startswith("fp32"):
+            assert line["matrix"] == ["mfma" if arch.startswith("gfx") else "mma"], key
 
 
 @pytest.mark.parametrize("key", AGAIN)

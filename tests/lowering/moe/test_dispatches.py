@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -9,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from effcompile import ops
 from effcompile.compiler import all_dispatches
 from effcompile.core.experts import ExpertDispatch, Gate
+from effcompile.core.kernel import Supported
 from effcompile.core.plan import Choice, Plan
 from effcompile.core.program import Entry, Input, Program
 from effcompile.core.site import Refusal
@@ -78,16 +81,44 @@ def test_the_cheapest_runs_and_what_was_asked_for_comes_first(target: Target) ->
     assert asked.policy == "grouped"
 
 
-def test_prefill_on_a_gpu_is_grouped_and_decode_batched() -> None:
-    from dataclasses import replace
+def shaped(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[int, dict[str, Supported | Refusal]]:
+    """Return what every dispatch answers at the sizes of Qwen3-30B-A3B, for one token and for 4,096."""
+    (site,) = recognize_experts(program(CASES["plain"].to(dtype)), lambda node: ("", "")).sites
+    site = replace(site, experts=128, top_k=8, hidden=2048, inner=768)
+    return {
+        n: {item.name: item.supports(replace(site, tokens=n), target) for item in all_dispatches()} for n in (1, 4096)
+    }
 
-    (site,) = recognize_experts(program(CASES["plain"].to(torch.bfloat16)), lambda node: ("", "")).sites
-    shaped = replace(site, experts=128, top_k=8, hidden=2048, inner=768)
 
-    def best(tokens: int) -> str:
-        known = {item.name: item.supports(replace(shaped, tokens=tokens), TARGETS[1]) for item in all_dispatches()}
-        able = {name: answer.seconds for name, answer in known.items() if not isinstance(answer, Refusal)}
-        return min(able, key=able.__getitem__)
+def cheapest(answers: dict[str, Supported | Refusal], *but: str) -> str:
+    able = {
+        name: answer.seconds for name, answer in answers.items() if isinstance(answer, Supported) and name not in but
+    }
+    return min(able, key=able.__getitem__)
 
-    assert best(4096) == "grouped"
-    assert best(1) == "batched"
+
+def test_a_gpu_runs_blocks_of_rows_else_groups_in_prefill_and_fetched_weights_in_decode() -> None:
+    answers = shaped(TARGETS[1])
+    assert [cheapest(answers[n]) for n in (1, 4096)] == ["block-aligned", "block-aligned"]
+    assert [cheapest(answers[n], "block-aligned") for n in (1, 4096)] == ["batched", "grouped"]
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype", "runs"),
+    [
+        ("sm_80", torch.float32, True),
+        ("gfx942", torch.bfloat16, True),
+        ("sm_75", torch.float16, False),
+        ("sm_90", torch.float64, False),
+        ("x86-64-avx512", torch.bfloat16, False),
+    ],
+)
+def test_blocks_of_rows_are_for_gpus_that_have_the_kernels(word: str, dtype: torch.dtype, runs: bool) -> None:
+    """Where they decline they say why; where they run, the op is not also called a loop."""
+    answers = shaped(Target.parse(word, devices()), dtype)[4096]
+    assert isinstance(answers["block-aligned"], Supported) == runs
+    if runs:
+        assert isinstance(answers["loop"], Refusal)
+    else:
+        assert answers["block-aligned"].code == "EFF-M209"  # type: ignore[union-attr]
+        assert any(isinstance(answer, Supported) for answer in answers.values())
