@@ -47,11 +47,11 @@ test-torch:           ## The same tests on another torch: make test-torch TORCH=
 
 # A GPU machine may reach no package index: the interpreter that is there will do, if it has torch, Triton and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-gpu:                  ## What needs a GPU: correctness, then kernels against their peers; 14 minutes, JSON into bench/results
+gpu:                  ## What needs a GPU: correctness, then kernels against their peers; 20 minutes, JSON into bench/results
 	$(GPU_PYTHON) -m pytest -m gpu -rs -p no:cacheprovider tests/gpu
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(GPU_PYTHON) -m effcompile bench gpu-attention gpu-decode --device cuda $(ARGS); \
-	else echo "gpu-attention and gpu-decode skipped: torch sees no CUDA device"; fi
+	  $(GPU_PYTHON) -m effcompile bench gpu-attention gpu-decode gpu-moe --device cuda $(ARGS); \
+	else echo "gpu-attention, gpu-decode and gpu-moe skipped: torch sees no CUDA device"; fi
 
 bench: $(VENV)/.dev   ## Every case against its peers, interleaved; JSON into bench/results
 	$(BIN)/eff bench $(ARGS)

@@ -60,6 +60,12 @@ def has_mkldnn_linear() -> bool:
     return bool(torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
+@functools.cache
+def has_grouped_mm() -> bool:
+    """Tell whether torch multiplies groups of rows by a matrix each (2.8 and later, under this name)."""
+    return hasattr(torch, "_grouped_mm")
+
+
 def higher_order_ops() -> tuple[type, ...]:
     """Return the type of torch's higher-order operators."""
     from torch._ops import HigherOrderOperator

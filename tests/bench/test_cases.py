@@ -32,6 +32,7 @@ NAMES = {
     "dit",
     "gpu-attention",
     "gpu-decode",
+    "gpu-moe",
     "kv-decode",
     "linear-table",
     "minilm",
