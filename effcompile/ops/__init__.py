@@ -34,6 +34,8 @@ def register() -> None:
         packing,
         paged_decode,
         tiled,
+        unequal_experts,
+        versatile_ffn,
     )
     from effcompile.ops.selectors import antidiagonal, pages, pooled, topk, vertical_slash
 
@@ -55,6 +57,8 @@ def register() -> None:
         moe_quantized,
         packing,
         tiled,
+        unequal_experts,
+        versatile_ffn,
     )
     for module in (*plain, *selectors, *with_kernels):
         module.register()

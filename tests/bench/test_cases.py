@@ -30,6 +30,7 @@ NAMES = {
     "compile-time",
     "dinov2",
     "dit",
+    "duo",
     "gpu-attention",
     "gpu-decode",
     "gpu-moe",
@@ -42,6 +43,7 @@ NAMES = {
     "smollm2-prefill",
     "sparse-attention",
     "sparse-quality",
+    "versatile",
 }
 TINY = Settings(quick=True, rounds=2, warmup=1, threads=1, limit=120.0)
 
