@@ -139,6 +139,7 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
     expected = {"effcompile/py.typed"}
     for name, folder in on_disk().items():
         sources = [*folder.glob("*.py"), *folder.glob("cpp/*.cpp"), *folder.glob("cpp/*.h"), *folder.glob("*.json")]
+        sources += folder.glob("*.safetensors")
         expected |= {f"{name.replace('.', '/')}/{file.relative_to(folder)}" for file in sources}
     assert "effcompile/passes/recognize/attention.py" in expected
     assert {name for name in files(wheel) if ".dist-info/" not in name} == expected

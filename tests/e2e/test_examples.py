@@ -146,11 +146,19 @@ def test_own_classes_join_the_built_in_ones(tmp_path: Path, monkeypatch: pytest.
     assert "query-blocks" in kernels
 
 
+def test_the_small_mixture_of_experts_trains(tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    text = run("train_pydoc_moe.py", "--steps", "16", "--out", str(out))
+    first, last = (float(line.split()[2]) for line in text.splitlines() if line.startswith("step "))
+    assert last < first - 1, "two thousand bytes a step teach their frequencies at once"
+    assert out.stat().st_size < 2_000_000
+
+
 def test_every_example_is_listed_and_tested() -> None:
     text = (EXAMPLES / "README.md").read_text()
     tests = Path(__file__).read_text()
     found = [path for path in EXAMPLES.rglob("*.py") if "eff_example" not in path.parts]
-    assert len(found) == 4
+    assert len(found) == 5
     for path in found:
         name = str(path.relative_to(EXAMPLES))
         assert f"python examples/{name}" in text
