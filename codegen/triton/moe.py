@@ -12,6 +12,7 @@ from torch import Tensor
 from effcompile.codegen.triton import launch, moe_align, moe_first, moe_second
 from effcompile.codegen.triton.kernel import WORDS, Config
 from effcompile.codegen.triton.moe_parts import Weight
+from effcompile.core.experts import ExpertsCall
 from effcompile.ops import moe as op
 from effcompile.ops import moe_quantized
 
@@ -46,7 +47,7 @@ def experts(
     """
     if not takes(x):
         return op.moe(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side, alpha, beta, limit)
-    op.check(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side)
+    op.check(ExpertsCall(x, ids, weights, w1, b1, w2, b2, act, layout, transposed, side, alpha, beta, limit))
     both = Weight.of(w1, transposed), Weight.of(w2, transposed)
     return _run(x, ids, weights, both, (b1, b2), act, layout, side, (alpha, beta, limit), block, config)
 

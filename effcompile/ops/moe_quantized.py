@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effcompile.core.errors import EffError
+from effcompile.core.experts import ExpertsCall
 from effcompile.ops import moe as plain
 from effcompile.ops.attention import define
 
@@ -87,7 +88,7 @@ def moe(
     first, second = (dequantize(w, s, transposed, span_out, span_in, kind) for w, s in ((w1, s1), (w2, s2)))
     biases = [None if b is None else b.to(kind) for b in (b1, b2)]
     gate = (act, layout, transposed, side, alpha, beta, limit)
-    return plain.composed(x.to(kind), ids, weights, first, biases[0], second, biases[1], *gate).to(x.dtype)
+    return plain.composed(ExpertsCall(x.to(kind), ids, weights, first, biases[0], second, biases[1], *gate)).to(x.dtype)
 
 
 def check(
@@ -113,7 +114,8 @@ def check(
     if span_out < 1 or span_in < 0:
         raise EffError("EFF-M201", f"scales of {span_out} outputs by {span_in} inputs", hint="(1, 0) or (128, 128)")
     shapes = [torch.empty(w.shape, dtype=x.dtype, device="meta") for w in (w1, w2)]
-    plain.check(x, ids, weights, shapes[0], b1, shapes[1], b2, act, layout, transposed, side)
+    gate = (act, layout, transposed, side, 1.0, 0.0, 0.0)
+    plain.check(ExpertsCall(x, ids, weights, shapes[0], b1, shapes[1], b2, *gate))
     for name, w, scales in (("s1", w1, s1), ("s2", w2, s2)):
         outputs, inputs = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
         wanted = (w.shape[0], -(-outputs // span_out), -(-inputs // span_in) if span_in else 1)

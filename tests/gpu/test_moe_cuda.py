@@ -33,7 +33,7 @@ def device(args):
 
 def exact_of(given):
     """Return the result in float64; the op's body, which is compared with a loop over tokens on the CPU."""
-    return ops.moe.composed(*given.to(torch.float64).args)
+    return ops.moe.composed(given.to(torch.float64).call)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -132,7 +132,7 @@ def test_short_numbers_are_no_further_off_than_torch(dtype: torch.dtype) -> None
     given = make(13, 32, 32, 4, 3, OSS, bias=True).to(dtype)
     wanted = support.oracle(given)
     own = support.error(kernel.experts(*given.args), wanted)
-    theirs = support.error(ops.moe.composed(*given.args), wanted)
+    theirs = support.error(ops.moe.composed(given.call), wanted)
     # The interpreter cuts off where hardware rounds to bfloat16, three times on the way.
     assert own < (4 if dtype == torch.bfloat16 else 1.5) * theirs
     assert own < 2 * torch.finfo(dtype).eps
