@@ -11,6 +11,7 @@ every size that varies before anything is at `out`. A policy that was asked for 
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,11 @@ def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic
     def free(value: Any) -> Any:
         return dict.fromkeys(range(value.ndim), auto) if isinstance(value, Tensor) else None
 
-    shapes = (pytree.tree_map(free, args), pytree.tree_map(free, kwargs)) if dynamic else None
-    if shapes is not None:
+    shapes: Any = None
+    if dynamic:
         # torch.export takes one structure for all arguments, by name where some are keywords.
-        shapes = shapes[0] if not kwargs else _named(model, shapes)
+        places, words = pytree.tree_map(free, args), pytree.tree_map(free, kwargs)
+        shapes = {**dict(zip(_parameters(model), places)), **words} if kwargs else places
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -191,11 +193,8 @@ def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic
         raise EffError("EFF-E114", f"torch.export cannot capture the model: {type(error).__name__}: {told}") from error
 
 
-def _named(model: Any, shapes: tuple[Any, Any]) -> dict[str, Any]:
-    import inspect
-
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, shapes[0])), **shapes[1]}
+def _parameters(model: Any) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)
 
 
 def _forms(compiled: Compiled, asked: Options, target: Target) -> Iterator[SiteForm]:
@@ -241,8 +240,8 @@ def _checked(exported: torch.export.ExportedProgram, call: _Call, path: Path) ->
         args, kwargs = pytree.tree_unflatten(given, spec)
         try:
             result = reference(*args, **kwargs)
-        except AssertionError as error:
-            if sizes == hints or "Guard failed" not in str(error):
+        except AssertionError as guard:
+            if sizes == hints or "Guard failed" not in str(guard):
                 raise
             continue  # the model holds this size to another one
         wanted = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
