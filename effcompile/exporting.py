@@ -11,6 +11,7 @@ every size that varies before anything is at `out`. A policy that was asked for 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from effcompile.core.artifact import Check, Manifest, SiteForm
 from effcompile.core.bundle import read_artifact, writing
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, unknown
+from effcompile.core.experts import FAMILY
 from effcompile.core.options import Options
 from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.program import Program
@@ -38,7 +40,8 @@ from effcompile.targets.detect import detect_cpu
 TO = ("onnx",)
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
-_PACKAGES = ("effcompile", "torch", "onnx", "onnxscript", "onnxruntime")
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_PACKAGES = ("effcompile", "torch", *_NEEDED)
 Say = Callable[[str], None]
 
 
@@ -46,7 +49,6 @@ Say = Callable[[str], None]
 class _Call:
     """Hold a model's call as flat tensors: `sizes` names what may vary in each of them, None where a size is fixed."""
 
-    names: tuple[str, ...]
     values: tuple[Tensor, ...]
     sizes: tuple[tuple[str | None, ...], ...]
 
@@ -98,6 +100,8 @@ def export(
         raise unknown("EFF-E113", "form of an export", to, TO)
     if opset not in OPSETS:
         raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
+    if missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]:
+        raise EffError("EFF-E112", f"{', '.join(missing)} not installed", hint="pip install 'effcompile[onnx]'")
     asked = Options.parse({**(options or {}), "strict": True})
     target = Target(detect_cpu(), to)
     with torch.no_grad(), writing(Path(out), force=force) as draft:
@@ -106,7 +110,7 @@ def export(
         program = capture_export(exported)
         say("rewriting")
         compiled = compile_program(program, target, asked, Dump(None))
-        sites = tuple(_forms(compiled, asked, target))
+        sites = tuple(_forms(compiled, asked))
         if (dropped := [site for site in sites if site.status == "dropped"]) and not allow_dropped:
             told = "; ".join(f"{site.site}: {site.form}: {site.reason}" for site in dropped[:3])
             raise ContractError(
@@ -117,8 +121,7 @@ def export(
         inputs, outputs = write_onnx(lowered, draft.folder, opset)
         draft.file("plan.json").write_text(compiled.plan.to_json() + "\n", encoding="utf-8")
         say("checking")
-        call = _call_of(exported, program)
-        checks = _checked(exported, call, draft.folder / FILE)
+        checks, held = _checked(model, exported, _call_of(exported, program), draft.folder / FILE)
         draft.manifest = Manifest(
             form="onnx",
             model=name or type(model).__name__,
@@ -129,7 +132,7 @@ def export(
             outputs=outputs,
             sites=sites,
             checks=checks,
-            details=(("opset", str(opset)), ("flavor", "portable")),
+            details=(("opset", str(opset)), ("flavor", "portable"), ("checked at one value", ", ".join(held))),
         )
         say("writing")
     with read_artifact(Path(out)) as made:
@@ -190,20 +193,27 @@ def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         told = " ".join(str(error).split())[:400]
-        raise EffError("EFF-E114", f"torch.export cannot capture the model: {type(error).__name__}: {told}") from error
+        raise EffError(
+            "EFF-E114",
+            f"torch.export cannot capture the model: {type(error).__name__}: {told}",
+            hint="eff explain MODEL names graph breaks; --static (dynamic=False) fixes every size",
+        ) from error
 
 
 def _parameters(model: Any) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
-def _forms(compiled: Compiled, asked: Options, target: Target) -> Iterator[SiteForm]:
-    """Yield what became of every site: the plan was made for this target, so what it chose is there."""
-    graph = compiled.plan.graphs[0]
+def _forms(compiled: Compiled, asked: Options) -> Iterator[SiteForm]:
+    """Yield what became of every site: the plan was made for this target, so what it chose is there.
+
+    A dispatch of experts that was asked for and has no form there gave way to another exact one.
+    """
+    graph, families = compiled.plan.graphs[0], dict(asked.families)
     for choice in graph.choices:
         if choice.site:
-            yield SiteForm(choice.site, "same", choice.policy, choice.reason)
-    families = {family for family, _ in asked.families}
+            other = choice.family == FAMILY and families.get(FAMILY, choice.policy) != choice.policy
+            yield SiteForm(choice.site, "substituted" if other else "same", choice.policy, choice.reason)
     for decline in graph.declined:
         if decline.family in SITE_FAMILIES and decline.family in families:
             yield SiteForm(decline.site, "dropped", decline.policy, f"{decline.refusal.code} {decline.refusal.reason}")
@@ -217,7 +227,7 @@ def _call_of(exported: torch.export.ExportedProgram, program: Program) -> _Call:
     users = [
         item.node for item in entry.inputs if item.kind == "user" and isinstance(nodes[item.node].meta["val"], Tensor)
     ]
-    return _Call(tuple(users), tuple(flat), tuple(_sizes(nodes[name]) for name in users))
+    return _Call(tuple(flat), tuple(_sizes(nodes[name]) for name in users))
 
 
 def _sizes(node: fx.Node) -> tuple[str | None, ...]:
@@ -227,30 +237,41 @@ def _sizes(node: fx.Node) -> tuple[str | None, ...]:
     )
 
 
-def _checked(exported: torch.export.ExportedProgram, call: _Call, path: Path) -> tuple[Check, ...]:
-    """Compare ONNX Runtime with eager at the given sizes, and with each size that may vary at another one."""
-    session, reference = Session(path), exported.module()
-    spec = exported.call_spec.in_spec
+def _checked(
+    model: Any, exported: torch.export.ExportedProgram, call: _Call, path: Path
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Compare ONNX Runtime with eager at the given sizes, and with each size that may vary at another one.
+
+    Returns the comparisons, and the sizes that could not be changed alone since the model holds them to others.
+    """
+    session, guarded = Session(path), exported.module()
+    eager = guarded if model is exported else model
     hints = call.hints()
-    found = []
-    for sizes in [hints, *({**hints, name: n + 1 + place} for place, (name, n) in enumerate(hints.items()))]:
+    found: list[Check] = []
+    held: list[str] = []
+    for name, sizes in [("", hints), *((s, {**hints, s: n + 1 + place}) for place, (s, n) in enumerate(hints.items()))]:
         tensors = call.at(sizes)
         leaves = iter(tensors)
         given = [next(leaves) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(exported.example_inputs)]
-        args, kwargs = pytree.tree_unflatten(given, spec)
+        args, kwargs = pytree.tree_unflatten(given, exported.call_spec.in_spec)
         try:
-            result = reference(*args, **kwargs)
+            guarded(*args, **kwargs)
         except AssertionError as guard:
-            if sizes == hints or "Guard failed" not in str(guard):
+            if not name or "Guard failed" not in str(guard):
                 raise
-            continue  # the model holds this size to another one
-        wanted = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        for name, (error, kind) in _errors(session, tensors, wanted).items():
+            held.append(name)
+            continue
+        wanted = [x for x in pytree.tree_leaves(eager(*args, **kwargs)) if isinstance(x, Tensor)]
+        for output, (error, kind) in _errors(session, tensors, wanted).items():
             if not error <= LIMITS.get(kind, 0.0):
                 told = ", ".join(f"{key}={n}" for key, n in sizes.items())
-                raise EffError("EFF-E110", f"`{name}` is {error:.2e} away from eager at {told or 'the given sizes'}")
-            found.append(Check(tuple(sizes.items()), float(f"{error:.3g}"), name))
-    return tuple(found)
+                raise EffError(
+                    "EFF-E110",
+                    f"`{output}` is {error:.2e} away from eager at {told or 'the given sizes'}",
+                    hint="model.eval() turns dropout off; eff repro MODEL finds a rewrite that is wrong",
+                )
+            found.append(Check(tuple(sizes.items()), float(f"{error:.3g}"), output))
+    return tuple(found), tuple(held)
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

@@ -17,7 +17,6 @@ from effcompile.core.errors import EffError
 OPSET = 20
 OPSETS = (18, 19, 20, 21, 22, 23)
 FILE = "model.onnx"
-DATA = "model.onnx.data"
 
 
 def write_onnx(
@@ -33,7 +32,11 @@ def write_onnx(
             made: Any = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, optimize=True, verbose=False)
         except Exception as error:
             told = " ".join(str(error.__cause__ or error).split())[:400]
-            raise EffError("EFF-E109", f"ONNX has no form of this program: {type(error).__name__}: {told}") from error
+            raise EffError(
+                "EFF-E109",
+                f"ONNX has no form of this program: {type(error).__name__}: {told}",
+                hint="another --opset may have one",
+            ) from error
         _forget(made.model)
         made.save(str(folder / FILE), external_data=True)
     return tuple(map(_info, made.model.graph.inputs)), tuple(map(_info, made.model.graph.outputs))

@@ -248,6 +248,11 @@ def _place(folder: Path, out: Path) -> None:
         return
     old = folder.with_name(folder.name + ".old")
     if out.exists():
-        os.replace(out, old)
-    os.replace(folder, out)
+        os.replace(out, old)  # no system call puts a folder in the place of one that is not empty
+    try:
+        os.replace(folder, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

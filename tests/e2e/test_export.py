@@ -50,6 +50,7 @@ def test_models_of_the_zoo(name: str, opset: int, operator: str, sites: int, tmp
         assert operator in {node.op_type for node in graph.node}
         assert {node.domain for node in graph.node} <= {""}
         assert str(Path(eff.__file__).parents[1]) not in found.file("model.onnx").read_bytes().decode("latin-1")
+    assert bool(dict(made.details)["checked at one value"]) == (name == "zoo:dit-tiny")
     # Sizes that neither the trace nor the checks had.
     other = load_model(name, {"batch": 1, "seq": 9}, None, real=True)
     errors = exporting.compare(eff.load(tmp_path / "a"), given.runnable, other.args, other.kwargs)
@@ -83,6 +84,20 @@ def test_a_policy_without_a_form_there_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     made = eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a", options=asked, allow_dropped=True)
     assert [site.status for site in made.sites if site.form.startswith("block-topk")] == ["dropped"]
+
+
+@pytest.mark.slow
+def test_a_dispatch_without_a_form_there_gives_way_to_another(tmp_path: Path) -> None:
+    given = load_model("zoo:mixtral-tiny-gathered", {"batch": 2, "seq": 16}, None, real=True)
+    options = {"moe": "fused", "require": {"moe": "all"}}
+    made = eff.export(given.model, given.args, given.kwargs, to="onnx", out=tmp_path / "a", options=options)
+    assert [site.form for site in made.sites if site.status == "substituted"] == ["dense"] * 2
+
+
+def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_NEEDED", ("onnx", "onnx_that_is_not_there"))
+    with pytest.raises(EffError, match=r"EFF-E112 .*onnx_that_is_not_there"):
+        eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a")
 
 
 def test_other_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

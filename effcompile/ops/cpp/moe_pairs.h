@@ -5,7 +5,7 @@
 
 namespace {
 
-// Whether products of T run on panels of pairs for these depths.
+// Whether products of T run on panels of pairs.
 template <typename T>
 constexpr bool PAIRS = EFF_DOT_BF16 && std::is_same_v<T, at::BFloat16>;
 
