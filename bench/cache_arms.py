@@ -14,6 +14,7 @@ import effcompile as eff
 from bench.workload import primary
 
 FORMATS: Mapping[str, str] = {
+    "plain": "plain",
     "int8": "int8-per-token",
     "fp8": "fp8",
     "kivi-4": "kivi{bits=4,group=32,residual=128}",

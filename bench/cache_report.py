@@ -27,6 +27,8 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
             title = f"{_TITLES[given['form']]}, {given['length']:,} tokens, {given['dtype']}"
             parts.append(f"#### {title}\n\n{_table(row)}")
         parts.append("\n".join(f"measured: {text}  " for text in circumstances(document)))
+    if any(curve(document["rows"]) for document in documents):
+        parts.append(f"![KL against bytes, with the speed of each arm]({PICTURE})")
     return "\n\n".join(parts)
 
 
@@ -109,7 +111,7 @@ def _table(row: Mapping[str, Any]) -> str:
     speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == base}
     columns: dict[str, Callable[[str, Arm], str | None]] = {
         "a token": lambda name, arm: amount("token", arm),
-        f"against {base}": lambda name, arm: "1.00x" if name == base else _told(speed.get(name), "{:.2f}x"),
+        f"against {base}": lambda name, arm: "1.00x" if speed and name == base else _told(speed.get(name), "{:.2f}x"),
         "MB": lambda name, arm: _told(arm.get("bytes"), "{:.1f}", 1e-6),
         "bytes against bfloat16": lambda name, arm: _told(arm.get("bytes_ratio"), "{:.3f}"),
         "KL": lambda name, arm: _told(_quality(arm).get("kl"), "{:.4f}"),

@@ -75,15 +75,22 @@ def merge(
     places = {name: place for place, name in enumerate(order)}
     kept.sort(key=lambda row: places.get(row["id"], len(places)))
     runs = {**document["runs"], run: dict(manifest)}
-    used = {row["run"] for row in kept} | {arm.get("run") for row in kept for arm in row["arms"].values()}
+    used = {row["run"] for row in kept}
+    used |= {part.get("run") for row in kept for part in (*row["arms"].values(), *row["ratios"])}
     return {**document, "runs": {name: runs[name] for name in runs if name in used}, "rows": kept}
 
 
 def _with_arms(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with the arms of both; ratios between arms of different runs mean nothing and are left out."""
+    """Return a row with the arms of both, and the ratios of each to the arms that ran beside it.
+
+    A ratio is of two arms that took turns, so it goes once its arm was measured anew; where only the arm that it is `to` was, as
+    the baseline of every part of a long row is, it stays and names its run.
+    """
     arms = {name: {**arm, "run": new["run"]} for name, arm in new["arms"].items()}
-    ratios = [item for item in old["ratios"] if not {item["arm"], item["to"]} & set(arms)]
-    return {**old, "arms": {**old["arms"], **arms}, "ratios": [*ratios, *new["ratios"]]}
+    ratios = [item for item in old["ratios"] if item["arm"] not in arms]
+    kept = [{"run": old["run"], **item} if item["to"] in arms else item for item in ratios]
+    fresh = [{**item, "run": new["run"]} for item in new["ratios"]]
+    return {**old, "arms": {**old["arms"], **arms}, "ratios": [*kept, *fresh]}
 
 
 def read(path: Path) -> dict[str, Any]:

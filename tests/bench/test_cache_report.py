@@ -52,6 +52,7 @@ def test_each_form_shows_the_columns_that_it_has() -> None:
     assert any(line.endswith("| 9 of 10, 128 tokens each |") for line in lines)
     assert not any("absent" in line for line in lines)
     assert any(line.startswith("measured: 2030-01-01, Chip (avx)") for line in lines)
+    assert lines[-1].endswith(f"({cache_report.PICTURE})")
 
 
 def test_the_picture_has_what_the_rows_say(tmp_path: Path) -> None:

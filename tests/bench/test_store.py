@@ -80,6 +80,21 @@ def test_an_arm_is_added_to_a_row_of_a_table() -> None:
     assert store.check(merged) == []
 
 
+def test_a_row_that_is_measured_in_parts_keeps_each_arm_s_ratio_to_the_baseline_beside_it() -> None:
+    first, later = document()["rows"][0]["run"], facts("2030-02-02T00:00:00+00:00")
+    part = row("a", 5.0, 1.0)
+    base = next(name for name in part["arms"] if name != "eff")
+    part["arms"]["third"] = part["arms"].pop("eff")
+    part["ratios"] = [{**item, "arm": "third"} for item in part["ratios"] if (item["arm"], item["to"]) == ("eff", base)]
+    (found,) = [item for item in store.merge(document(), later, [part], add_arms=True)["rows"] if item["id"] == "a"]
+    of = {item["arm"]: item for item in found["ratios"] if item["to"] == base}
+    assert (of["eff"]["run"], of["eff"]["median"]) == (first, 4.0)
+    assert of["third"]["run"] == found["arms"][base]["run"] == later["date"]
+    again = store.merge(document(), later, [row("a", 6.0, 1.0)], add_arms=True)
+    assert {item["run"] for item in again["rows"][0]["ratios"]} == {later["date"]}
+    assert store.check(again) == []
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
