@@ -42,8 +42,8 @@ class Site:
 
     @property
     def fingerprint(self) -> str:
-        """Return a digest of everything but the source line, which an edit elsewhere moves."""
-        parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "source"]
+        """Return a digest of everything but the source line, which an edit elsewhere moves, and names, which depend on the capture."""
+        parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("source", "tensors")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +69,8 @@ FULL = Mask()
 class AttentionSite(Site):
     """Describe softmax(q k^T * scale + mask) v; sizes are ints or the text of a symbolic size.
 
-    `cross` says that queries and keys derive from different inputs of the graph, as text and latents do.
+    `cross` says that queries and keys derive from different inputs of the graph, as text and latents do. `tensors` names what the
+    mask's t0, t1, ... are.
     """
 
     batch: int | str = 1
@@ -85,6 +86,7 @@ class AttentionSite(Site):
     sinks: bool = False
     cross: bool = False
     dtype: str = "float32"
+    tensors: tuple[str, ...] = ()
 
     @property
     def mask_known(self) -> bool:
@@ -112,7 +114,7 @@ class CacheSite(Site):
 
 def shared(site: AttentionSite) -> AttentionSite:
     """Return the site without what does not change its price, so that equal layers are decided and priced once."""
-    return replace(site, id="", source="", entry="")
+    return replace(site, id="", source="", entry="", tensors=())
 
 
 def is_symbolic(site: AttentionSite) -> bool:

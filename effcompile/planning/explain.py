@@ -292,7 +292,7 @@ def groups(rows: Sequence[SiteRow]) -> tuple[Group, ...]:
     """Put sites of equal shape, mask, kernel and refusals together, in order of first appearance."""
     found: dict[Any, list[SiteRow]] = {}
     for row in rows:
-        site = {**row.site.to_json(), "id": "", "source": ""}
+        site = {**row.site.to_json(), "id": "", "source": "", "tensors": ""}
         key = (
             *sorted((k, str(v)) for k, v in site.items()),
             row.kernel,
@@ -352,6 +352,7 @@ def text(explanation: Explanation) -> str:
         row = group.first
         lines.append(f"  {group.places}")
         lines.append(f"    {sizes(row.site)}  mask {row.site.mask}")
+        lines.extend(f"    t{n} is {name}" for n, name in enumerate(row.site.tensors))
         if row.policy:
             lines.append(f"    {row.policy}: {row.density}")
         lines.append(

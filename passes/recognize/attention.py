@@ -180,6 +180,7 @@ class _Raiser:
                 sinks=match.sinks is not None,
                 cross=self._origins.cross(q, k, same_size(shape[2], keys[2])),
                 dtype=str(q.meta["val"].dtype).removeprefix("torch."),
+                tensors=tuple(self._named(node) for node in read.loads) if known else (),
             )
             call.meta["eff.site"] = site.id
             result = self._shaped(call, match)
@@ -246,6 +247,12 @@ class _Raiser:
             return node
         edit = self.edit
         return edit.shared(("snapshot", node), (node,), lambda: edit.call(torch.ops.aten.clone.default, node))
+
+    def _named(self, node: fx.Node) -> str:
+        """Name what a mask reads: the user's name where it is an input, else what computes it; with its dtype and shape."""
+        item, value = self.entry.input_of(node), node.meta["val"]
+        dims = ", ".join(str(n) for n in value.shape)
+        return f"{item.name if item else node.name}: {str(value.dtype).removeprefix('torch.')}[{dims}]"
 
     def _may_be_infinite(self, reader: Reader, bias: Expr) -> bool:
         """Tell whether an addend reads floating-point data, which may hold -inf for a whole row; weights do not."""
