@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,38 @@ Read = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class Call:
+    """Hold the operands of an `eff::kv_attention_*` by name; `given` are those that its body takes, in order.
+
+    `state` and `settings` are those of the op's `Form`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Mapping[str, Tensor]
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    softcap: float
+    settings: Mapping[str, Any]
+    given: tuple[Any, ...]
+
+    @property
+    def before(self) -> Tensor:
+        """Return how many tokens were there before the call."""
+        return self.state["length"] - self.k.shape[2]
+
+
+@dataclass(frozen=True)
 class Form:
     """Name the ops of one form of cache, `eff::kv_append_*`, `eff::kv_attention_*` and its twin that returns the scores.
 
     `state` are the tensors of the state in the order of the operands, of which an append writes all but `length`: compiled code
     reads that count late, and what an op has written in the meantime would be wrong. `settings` is the schema of what follows
     `softcap` in an attention, `more` of what follows v in an append; `versions` are those of both. `peaks` says that an attention
-    returns, last, float32 `[B, Hkv]`: the least of the largest probabilities of the queries of each key head.
+    returns, last, float32 `[B, Hkv]`: the least of the largest probabilities of the queries of each key head. `outputs_keys` says
+    that the output has the channels of k, and not those of v.
     """
 
     word: str
@@ -42,6 +67,7 @@ class Form:
     more: tuple[str, ...] = ("Tensor? places",)
     versions: tuple[int, int] = (1, 1)
     peaks: bool = False
+    outputs_keys: bool = False
 
     def append(self, state: State, k: Tensor, v: Tensor, *more: object, places: Tensor | None = None) -> None:
         """Run the append, and count."""
@@ -68,6 +94,15 @@ class Form:
         found = op(*asked[:3], *[state[name] for name in self.state], *asked[3:], *settings, *site)
         return tuple(found) if scored else (*found[:2], None, *found[2:])
 
+    def call(self, given: Sequence[Any]) -> Call:
+        """Return the operands of an attention, as its schema has them, by name; window and format may be left out."""
+        settings = [text.split()[-1] for text in self.settings]
+        names = ["q", "k", "v", *self.state, "mask", "causal", "scale", "softcap", *settings]
+        of = dict(zip(names, given, strict=False))
+        rest = [of[name] for name in ("mask", "causal", "scale", "softcap")]
+        state, more = {name: of[name] for name in self.state}, {name: of[name] for name in settings}
+        return Call(of["q"], of["k"], of["v"], state, *rest, more, tuple(given[: len(names)]))
+
     def define(
         self, append: Callable[..., None], attend: Callable[..., Any], places: Callable[[Sequence[Tensor]], int]
     ) -> None:
@@ -89,11 +124,11 @@ class Form:
             return tuple(attend(*given[:-2], scored=True))
 
         def fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-            return (*flash.fake_pair(q, k, v), *last(k))
+            return (*flash.fake_pair(q, k, k if self.outputs_keys else v), *last(k))
 
         def fake_scored(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             scores = q.new_empty((*q.shape[:3], places(rest[:count]) + k.shape[2]), dtype=torch.float32)
-            return (*flash.fake_pair(q, k, v), scores, *last(k))
+            return (*flash.fake_pair(q, k, k if self.outputs_keys else v), scores, *last(k))
 
         def last(k: Tensor) -> tuple[Tensor, ...]:
             return (k.new_empty(k.shape[:2], dtype=torch.float32),) if self.peaks else ()
