@@ -21,13 +21,14 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program, unprepared
+from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program, own_caches, unprepared
 from effcompile.core.collector import paused
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
 from effcompile.core.experts import FAMILY
 from effcompile.core.options import DOORS, Options
 from effcompile.core.policy import SITE_FAMILIES
+from effcompile.core.site import CacheSite
 from effcompile.core.sizes import place_of_size, symbolic_sizes
 from effcompile.core.target import Target
 from effcompile.targets import devices
@@ -82,7 +83,7 @@ class _Bound:
 
 def compile_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compile a graph as the options say, with the fallbacks described above."""
-    check_doors(options)
+    check_doors(options, lambda: _own_caches(gm, example_inputs))
     try:
         with paused(), report.timed() as clock:
             program = capture_dynamo(gm, example_inputs)
@@ -187,9 +188,24 @@ def _fallback(
     return emit_graph(gm, example_inputs, options)
 
 
-def check_doors(options: Options) -> None:
-    """Raise EFF-U013, or EFF-U014 and its kin, for a family that a compiled graph cannot reach or that no policy answers."""
+def check_doors(options: Options, own: Callable[[], Sequence[CacheSite]] = tuple) -> None:
+    """Raise EFF-U013, or EFF-U014 and its kin, for a family that a compiled graph cannot reach or that no policy answers.
+
+    `own` finds the caches that are buffers of the model itself. Those have a door of their own: a graph cannot store them
+    otherwise, since it cannot know who else reads them. Graphs of other shapes, code between two graphs, `state_dict` and
+    whoever empties the cache see the buffers of the module, and would see what the model has not written.
+    """
     for family, spelled in options.families:
+        if family in ("kv", "evict") and (sites := own()):
+            one, count = sites[0], f"{len(sites)} caches are" if len(sites) > 1 else "the cache is"
+            raise EffError(
+                "EFF-U013",
+                f"torch.compile cannot apply {family}={spelled}: {count} in buffers of the model ({one.id}), which code outside of "
+                "the graph reads and writes as well",
+                source=one.source or None,
+                hint='use eff.prepare(torch.export.export(model, inputs), kv="..."): a module that owns its caches, and keeps all '
+                "tokens; torch.compile takes it",
+            )
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
         if family not in (*SITE_FAMILIES, FAMILY):
@@ -198,6 +214,13 @@ def check_doors(options: Options) -> None:
             )
     asked_policies(options)
     asked_dispatch(options)
+
+
+def _own_caches(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Sequence[CacheSite]:
+    try:
+        return own_caches(capture_dynamo(gm, example_inputs))
+    except Exception:  # an error is on its way, which names the other door then
+        return ()
 
 
 def target_of(options: Options, device: str) -> Target:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from effcompile import discover, ops
-from effcompile.capture.dynamo import module_of
+from effcompile.capture.dynamo import in_module, module_of
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError, unknown
 from effcompile.core.experts import FAMILY, ExpertDispatch, MoESite
@@ -162,6 +162,13 @@ def compile_program(
         experts.sites,
         experts.missed,
     )
+
+
+def own_caches(program: Program) -> tuple[CacheSite, ...]:
+    """Return the caches that a Dynamo graph keeps in buffers of its modules, and not in an object that it was given."""
+    ops.register()
+    found, _ = find_buffers(recognize_attention(program, _locate).program, _locate)
+    return tuple(item.site for item in found if in_module(item.base))
 
 
 def unprepared(program: Program) -> str | None:

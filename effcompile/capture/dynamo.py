@@ -131,12 +131,19 @@ def _kind(node: fx.Node, value: Any) -> InputKind:
 
 
 def _input_name(node: fx.Node) -> str:
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
+    return module_path(_source_name(node)) or node.name
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
     if source is None:
-        return node.name
-    name = source.name if isinstance(source.name, str) else source.name()
-    return module_path(name)
+        return ""
+    return source.name if isinstance(source.name, str) else str(source.name())
+
+
+def in_module(node: fx.Node) -> bool:
+    """Tell whether an input is registered as a buffer of a module, and not held by an object that the module was given."""
+    return "_buffers[" in _source_name(node)
 
 
 def module_path(source: str) -> str:

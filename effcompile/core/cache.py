@@ -166,6 +166,14 @@ class CacheFormat(Method):
     def storage(self, site: CacheSite) -> Storage | Refusal:
         """Return how the tokens of a site are stored, or why they cannot be."""
 
+    def latents(self, site: CacheSite) -> Storage | Refusal:
+        """Return how the latents of a site of layout "mla" are stored, or why they cannot be."""
+        return Refusal(
+            "EFF-K204",
+            "the site holds latents (MLA), which it stores by token only",
+            "int8-per-token or fp8, which store latents as well",
+        )
+
     def constants(self, site: CacheSite) -> dict[str, Tensor]:
         """Return the tensors of `Storage.constants` for a site.
 

@@ -98,8 +98,10 @@ class AttentionSite(Site):
 class CacheSite(Site):
     """Describe the KV cache of one attention: what its keys and values are, and how they are stored.
 
-    `capacity` counts tokens; `window` is how many of the last ones the layer ever reads, 0 where it reads all. `format` spells the
-    policy of family `kv`, '' where keys and values are stored as the model made them.
+    `layout` is "heads" for keys `[B, Hkv, C, D]` and values `[B, Hkv, C, Dv]`, "mla" for latents of `head_dim` and rotated keys of
+    `value_dim` channels, one of each a token for all heads. `capacity` counts tokens; `window` is how many of the last ones the
+    layer ever reads, 0 where it reads all. `format` spells the policy of family `kv`, '' where keys and values are stored as the
+    model made them.
     """
 
     batch: int | str = 1
@@ -110,6 +112,7 @@ class CacheSite(Site):
     window: int = 0
     format: str = ""
     dtype: str = "float32"
+    layout: str = "heads"
 
 
 def shared(site: AttentionSite) -> AttentionSite:

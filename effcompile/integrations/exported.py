@@ -9,7 +9,7 @@ buffers hold, until `fill` gives it others.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from effcompile import ops
 from effcompile.capture.dynamo import module_of
 from effcompile.capture.export import capture_export
 from effcompile.compiler import all_methods, compile_program
-from effcompile.core.cache import CacheFormat
+from effcompile.core.cache import CacheFormat, Storage
 from effcompile.core.dump import Dump
 from effcompile.core.errors import EffError
 from effcompile.core.options import Options
@@ -30,9 +30,12 @@ from effcompile.core.policy import read_policy
 from effcompile.core.program import Program
 from effcompile.core.site import Refusal
 from effcompile.ops.kv import common
-from effcompile.passes.kv.retype import Retyped, retype
+from effcompile.passes.kv.retype import LATENTS, Retyped, retype
 from effcompile.passes.recognize.attention import Recognized
-from effcompile.passes.recognize.kv_buffers import Cached, CrossCache, find_buffers, is_view
+from effcompile.passes.recognize.kv_buffers import BufferCache, Cached, CrossCache, find_buffers
+from effcompile.passes.recognize.kv_latents import LatentCache
+from effcompile.passes.recognize.kv_writes import is_view
+from effcompile.runtime.sliding import ROOM
 from effcompile.targets.detect import detect
 
 CODE = "EFF-K208"
@@ -143,7 +146,14 @@ class PreparedProgram(nn.Module):
         """Forget all tokens that calls have written."""
         for new in self.caches.values():
             if not new.cross:
-                new.storage.clear(self._state(new))
+                new.clear(self._state(new))
+
+    def hold(self, site: str, buffers: Sequence[Tensor]) -> None:
+        """Give a cache of latents what buffers `[B, C, R]` or `[B, 1, C, R]` hold."""
+        state = self._state(self.caches[site])
+        for (codes, scales), x in zip(LATENTS, buffers):
+            rows, places = (x if x.dim() == 4 else x[:, None]), torch.arange(x.shape[-2], device=x.device)
+            torch.ops.eff.kv_write_tokens_v1.default(state[codes], state[scales], places, rows)
 
 
 def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> PreparedProgram:
@@ -158,6 +168,7 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
     _check_writes(exported, program)
     caches: dict[str, Retyped] = {}
     sources: dict[str, tuple[Tensor, Tensor]] = {}
+    held: dict[str, list[Tensor]] = {}
     kept: list[Decline] = []
 
     def storing(found: Recognized) -> tuple[Recognized, tuple[Choice, ...], tuple[Decline, ...]]:
@@ -174,10 +185,13 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
                 continue
             taken.append(item)
             caches[item.site.id] = new
+            if isinstance(item, LatentCache):
+                (entry,) = (entry for entry in found.program.entries if entry.name == item.site.entry)
+                held[item.site.id] = [entry.input_of(write.base).value for write in item.writes]  # type: ignore[union-attr]
             if isinstance(item, CrossCache):
                 described = [entry.input_of(x) for entry in found.program.entries[:1] for x in (item.keys, item.values)]
                 sources[item.site.id] = (described[0].value, described[1].value)  # type: ignore[union-attr]
-        ids = {item.attention.meta.get("eff.site") for item in taken}
+        ids = {item.attention.meta.get("eff.site") for item in taken if not isinstance(item, LatentCache)}
         left = tuple(site for site in found.sites if site.id not in ids)
         changed = replace(found, program=retype(found.program, caches, tuple(taken)), sites=left)
         chosen = tuple(Choice(site, "kv", new.spelled, "its own buffers are re-typed") for site, new in caches.items())
@@ -190,7 +204,10 @@ def prepare_exported(exported: torch.export.ExportedProgram, kv: Formats) -> Pre
             or "no attention reads a buffer that is written"
         )
         raise EffError(CODE, f"no cache of the program can be stored in `{kv}`: {why}", hint="eff.explain(program)")
-    return PreparedProgram(exported, compiled.program, compiled.plan, caches, sources)
+    made = PreparedProgram(exported, compiled.program, compiled.plan, caches, sources)
+    for site, tensors in held.items():
+        made.hold(site, tensors)
+    return made
 
 
 def _locate(node: fx.Node) -> tuple[str, str]:
@@ -214,10 +231,25 @@ def _stored(form: CacheFormat, item: Cached) -> Retyped | Refusal:
         return Refusal(CODE, "the cache has sizes that are not known", "export it with fixed sizes of its buffers")
     if form.tiers is not None:
         return Refusal(CODE, f"`{form.name}` needs to see a prompt before it makes its tensors", "another format")
-    storage = form.storage(site)
+    storage = form.latents(site) if site.layout == "mla" else form.storage(site)
     if isinstance(storage, Refusal):
         return storage
-    return Retyped(site, storage, form.spelled, form.constants(site), isinstance(item, CrossCache))
+    cross = isinstance(item, CrossCache)
+    return Retyped(site, storage, form.spelled, form.constants(site), cross, _ring(item, storage))
+
+
+def _ring(item: Cached, storage: Storage) -> int:
+    """Return how many places serve a cache of which attention sees a window; 0 for all, where those are no more or lie in groups.
+
+    Beside the window there are places for `ROOM` tokens that can be taken back.
+    """
+    site = item.site
+    assert isinstance(site.capacity, int)
+    if not isinstance(item, BufferCache) or not site.window or storage.unit > 1:
+        return 0
+    count = item.keys.tokens.meta["val"].shape[2]
+    places = storage.capacity(site.window - 1 + ROOM)
+    return places if isinstance(count, int) and count <= ROOM and places < storage.capacity(site.capacity) else 0
 
 
 def _check_writes(exported: torch.export.ExportedProgram, program: Program) -> None:

@@ -23,39 +23,17 @@ from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.policy import Policy, read_policy
 from effcompile.integrations.transformers_experts import prepare_experts
+from effcompile.integrations.transformers_held import Held
+from effcompile.integrations.transformers_latent import attend_latents, find_latents, keep_latents
+from effcompile.integrations.transformers_sites import Latents
 from effcompile.ops import native
-from effcompile.runtime.kv_cache import LayerCache
 from effcompile.runtime.paged import PAGE, Reading
 from effcompile.runtime.sliding import ROOM
 
 INTERFACE = "eff"
+OWN_BUFFERS = "where the cache is the model's own buffers: eff.prepare(torch.export.export(model, inputs), kv=...)"
 OWN = (None, "dynamic", "static", "hybrid", "sliding_window")
 """Values of `cache_implementation` in whose place a prepared model builds its own cache."""
-
-
-class Held:
-    """Stand for the keys of a cache between the cache and the attention that reads it."""
-
-    def __init__(self, layer: LayerCache, keys: Tensor) -> None:
-        self.layer, self.keys = layer, keys
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the new keys."""
-        return self.keys.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the new keys."""
-        return self.keys.device
-
-    def __getattr__(self, name: str) -> Any:
-        raise EffError(
-            "EFF-K205",
-            f"this model's attention asks the keys of a compressed cache for `{name}`, which exist in packed form only",
-            hint="eff.prepare(model, kv=...) on the model that the cache is passed to; its attention must go through transformers' "
-            "AttentionInterface",
-        )
 
 
 def attention(
@@ -101,6 +79,8 @@ def attention(
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     softcap = float(kwargs.get("softcap") or 0.0)
+    if key.layer.site.layout == "mla":
+        return attend_latents(module, query, key, value, attention_mask, causal, scale, softcap), None
     out, lse = key.layer.attend(query.to(key.dtype), key.keys, value, attention_mask, causal, scale, softcap)
     sinks = kwargs.get("s_aux")
     if sinks is not None:  # one more score in each row, whose column is dropped again
@@ -122,6 +102,8 @@ class Preparation:
     """Positional arguments before `past_key_values` in a call of the model."""
     classes: tuple[Any, Any]
     """What a cache is made of, found once: a compiled call that builds its cache cannot ask for it."""
+    latents: Latents
+    """Which layers keep latents, and of how many channels."""
 
 
 def prepare(
@@ -165,13 +147,14 @@ def prepare(
     _switch(model)
     turned = _rotation(model, policy)
     model.__dict__.pop("_eff_kv", None)
-    build(
-        classes(), model.config, form, capacity, policy, turned, reading
-    )  # what is refused is known here, before anything runs
+    latents = find_latents(model)
+    # What is refused is known here, before anything runs.
+    build(classes(), model.config, form, capacity, policy, turned, reading, latents)
+    keep_latents(model)
     if model.device.type == "cpu":
         native.prefetch((native.CACHES,))
     model.__dict__["_eff_kv"] = Preparation(
-        form, policy, turned, reading, capacity, _places(type(model).forward), classes()
+        form, policy, turned, reading, capacity, _places(type(model).forward), classes(), latents
     )
     if "_eff_own_cache" not in model.__dict__:
         model.register_forward_pre_hook(_give_cache, with_kwargs=True)
@@ -279,7 +262,8 @@ def kv_cache(
     from effcompile.integrations.transformers_cache import build, classes
 
     made = classes() if prepared is None else prepared.classes
-    cache = build(made, model.config, form, capacity, policy, turned, reading)
+    latents = find_latents(model) if prepared is None else prepared.latents
+    cache = build(made, model.config, form, capacity, policy, turned, reading, latents)
     if batch is not None:
         cache.early_initialization(batch, *cache.dimensions, model.dtype, model.device)
     return cache
@@ -289,18 +273,11 @@ def _switch(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "_prepare_cache_for_generation"):
+    if not hasattr(model, "_prepare_cache_for_generation") or getattr(model.config, "is_encoder_decoder", False):
         raise EffError(
             "EFF-K205",
-            f"{type(model).__name__} is no decoder that generates text",
-            hint="prepare the model that has generate()",
-        )
-    latent = next((type(layer).__name__ for layer in model.modules() if hasattr(layer, "expand_kv")), None)
-    if latent is not None:
-        raise EffError(
-            "EFF-K205",
-            f"{latent} caches latents (MLA), which it expands to keys and values before its attention reads them",
-            hint="the model's own cache, whose latents are few numbers a token",
+            f"{type(model).__name__} is no decoder of transformers that generates text",
+            hint=f"prepare the model that has generate(); {OWN_BUFFERS}",
         )
     if model.config._attn_implementation == INTERFACE:
         return

@@ -6,6 +6,7 @@ The classes derive from transformers', so they are made in a function: importing
 from __future__ import annotations
 
 import functools
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.eviction import CacheEviction, Rotation
 from effcompile.core.site import CacheSite
-from effcompile.integrations.transformers import Held
-from effcompile.integrations.transformers_sites import sites
+from effcompile.integrations.transformers_held import Held
+from effcompile.integrations.transformers_sites import Latents, sites
+from effcompile.ops.kv.refuse import refused
 from effcompile.passes.kv.sink_window import SinkWindow
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import LayerCache
@@ -33,13 +35,14 @@ def build(
     evict: CacheEviction | None = None,
     rotation: Rotation | None = None,
     reading: Reading | None = None,
+    latents: Latents = MappingProxyType({}),
 ) -> Any:
     """Return a cache of the classes `made` for a model's configuration; layers without keys and values are transformers' own."""
     from transformers import cache_utils
 
     cache_class, layer_class = made
     layers: list[Any] = []
-    for site in sites(config, capacity):
+    for site in sites(config, capacity, latents=latents):
         if isinstance(site, CacheSite):
             layers.append(layer_class(_tokens(form, site, evict, rotation, reading)))
             continue
@@ -76,6 +79,15 @@ def _tokens(
             f"`{asked[0]}` and `{asked[1]}` cannot be combined: each decides which tokens are where",
             hint="one of them, with a format such as kivi",
         )
+    if site.layout == "mla":
+        if asked:
+            raise EffError(
+                "EFF-K206",
+                f"`{asked[0]}` chooses among keys of heads, and {site.id} holds latents (MLA), one for all heads",
+                site=site.id,
+                hint='kv="int8-per-token" alone',
+            )
+        return LayerCache(form, site)
     if evict is not None:
         return EvictingCache(form, site, evict, rotation)
     if form.tiers is not None:
@@ -109,7 +121,10 @@ def classes() -> tuple[Any, Any]:
             self.tokens = tokens
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            """Make the tensors."""
+            """Make the tensors; transformers' `early_initialization` knows one width, which is that of the keys."""
+            site = self.tokens.site
+            if key_states.shape[2] == 0 and site.layout == "mla":
+                value_states = value_states.new_zeros((*value_states.shape[:3], site.value_dim))
             self.tokens.prepare(key_states, value_states)
             self.batch_size = key_states.shape[0]
             self.is_initialized = True
@@ -176,6 +191,16 @@ def classes() -> tuple[Any, Any]:
 
         def __init__(self, layers: list[Any]) -> None:
             super().__init__(layers=layers)
+            self._first = next((n for n, layer in enumerate(layers) if isinstance(layer, PackedLayer)), -1)
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            """Append new tokens to a layer; what any layer cannot take in compiled code is refused before one has written."""
+            if layer_idx == self._first and torch.compiler.is_compiling():
+                for tokens in self.packed:
+                    if (why := tokens.late(key_states.shape[2])) is not None:
+                        key_states = refused(key_states, why)
+                        break
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
         @property
         def packed(self) -> list[LayerCache]:

@@ -20,6 +20,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.eviction import ALL, PROMPT, CacheEviction, Context, Rotation, Step, stay
 from effcompile.core.site import CacheSite
 from effcompile.ops.kv import common, evict, scores
+from effcompile.ops.kv.refuse import Why, refused_attention
 from effcompile.runtime.kv_cache import FIRST, LayerCache
 
 
@@ -162,19 +163,15 @@ class EvictingCache(LayerCache):
     ) -> tuple[Tensor, Tensor]:
         """Return (output, LSE) of attention over all held tokens and those of the call, and let the policy choose among them.
 
-        Column j of `mask` is token j of the context.
+        Column j of `mask` is token j of the context. What compiled code cannot do is an error when it runs, EFF-K206.
         """
         fresh, compiled = k.shape[2], torch.compiler.is_compiling()
+        if compiled and (why := self.late(fresh)) is not None:
+            return refused_attention(q, v, why)
         empty = self._untouched if compiled else self.length == 0
         self._untouched = False
         if not empty and (fresh < self.policy.waits() or fresh == 1):
             return self._step(q, k, v, mask, causal, scale, softcap)
-        if compiled and not empty:
-            raise EffError(
-                "EFF-K206",
-                f"compiled code cannot choose among {fresh} new tokens and those that a cache holds",
-                hint="read a prompt by the model itself, or without past_key_values; compile the steps",
-            )
         if empty:
             held = None if mask is None else mask[..., :fresh]
         else:
@@ -182,6 +179,13 @@ class EvictingCache(LayerCache):
         out, lse, _ = self._attend(q, k, v, held, causal, scale, softcap, False)
         self._choose(Call(q, k, v, held, causal, scale, softcap), empty)
         return out, lse
+
+    def late(self, fresh: int) -> Why | None:
+        """Return why compiled code cannot take `fresh` tokens at once now: it cannot choose among them and those that are held."""
+        if self.shape is None or self._untouched or fresh == 1 or fresh < self.policy.waits():
+            return None
+        text = "compiled code cannot choose among the tokens of a prompt and those that a cache holds"
+        return "EFF-K206", text, "read a prompt by the model itself, or without past_key_values; compile the steps"
 
     def _attend(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from effcompile.core.cache import CacheFormat, CacheShape, Storage
 from effcompile.core.errors import EffError
 from effcompile.core.site import CacheSite, Refusal
+from effcompile.ops.kv.refuse import Why
 
 FIRST = 256  # tokens that a growing cache has place for at first
 
@@ -25,7 +26,7 @@ def storage_of(format: CacheFormat, site: CacheSite) -> Storage:
     Raises:
         EffError: with the format's own refusal.
     """
-    found = format.storage(site)
+    found = format.latents(site) if site.layout == "mla" else format.storage(site)
     if isinstance(found, Refusal):
         raise EffError(
             found.code, f"`{format.spelled}` cannot store {site.id}: {found.reason}", site=site.id, hint=found.hint
@@ -95,6 +96,10 @@ class LayerCache:
         if self.shape is None and self.limit is None:
             return max(self.capacity, self.storage.capacity(fresh))
         return self.capacity
+
+    def late(self, fresh: int) -> Why | None:
+        """Return why compiled code cannot take `fresh` tokens at once now, None where it can."""
+        return None
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors, counters included."""

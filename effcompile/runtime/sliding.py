@@ -14,6 +14,7 @@ from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.eviction import PROMPT, CacheEviction
 from effcompile.core.site import CacheSite
+from effcompile.ops.kv.refuse import Why, refused_attention
 from effcompile.runtime.eviction import EvictingCache
 from effcompile.runtime.kv_cache import FIRST
 
@@ -70,10 +71,12 @@ class SlidingCache(EvictingCache):
         Column j of `mask` is token j of the context.
 
         Raises:
-            EffError: EFF-K202 for a mask that shows tokens which the window has left; EFF-K206 for a compiled call of many tokens
-                on a cache that holds some.
+            EffError: EFF-K202 for a mask that shows tokens which the window has left; EFF-K206, when it runs, for a compiled call
+                of many tokens on a cache that holds some.
         """
         fresh, compiled = k.shape[2], torch.compiler.is_compiling()
+        if compiled and (why := self.late(fresh)) is not None:
+            return refused_attention(q, v, why)
         empty = self._untouched if compiled else self.seen == 0
         self._untouched = False
         if empty:
@@ -81,15 +84,16 @@ class SlidingCache(EvictingCache):
             out, lse, _ = self._attend(q, k, v, own, causal, scale, softcap, False)
             self._begin(k, v)
             return out, lse
-        if compiled and fresh >= PROMPT:
-            raise EffError(
-                "EFF-K206",
-                f"compiled code cannot store {fresh} tokens at once in a sliding window that holds some",
-                hint=f"read a prompt by the model itself, or fewer than {PROMPT} tokens at a time",
-            )
         out, lse, _ = self._attend(q, k, v, self._own_mask(mask, fresh), causal, scale, softcap, False)
         self._store(k, v)
         return out, lse
+
+    def late(self, fresh: int) -> Why | None:
+        """Return why compiled code cannot take `fresh` tokens at once now: every one is stored by itself behind others."""
+        if self.shape is None or self._untouched or fresh < PROMPT:
+            return None
+        text = "compiled code cannot store a prompt in a sliding window that holds tokens"
+        return "EFF-K206", text, f"read a prompt by the model itself, or fewer than {PROMPT} tokens at a time"
 
     def _own_mask(self, mask: Tensor | None, fresh: int) -> Tensor | None:
         """Return the mask over places and new tokens; None where every token of the context is held in its order, and seen."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from effcompile.core.cache import CacheFormat, Storage
 from effcompile.core.policy import Exactness
 from effcompile.core.site import CacheSite, Refusal
+from effcompile.ops.kv.latent import Latent
 from effcompile.ops.kv.per_token import PerToken8
 
 
@@ -26,3 +27,7 @@ class Fp8(CacheFormat):
     def storage(self, site: CacheSite) -> Storage | Refusal:
         """Return vectors of 8-bit floats."""
         return PerToken8(floats=True)
+
+    def latents(self, site: CacheSite) -> Storage | Refusal:
+        """Return latents of 8-bit floats."""
+        return Latent(floats=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from effcompile.core.cache import CacheFormat, Storage
 from effcompile.core.policy import Exactness
 from effcompile.core.site import CacheSite, Refusal
+from effcompile.ops.kv.latent import Latent
 from effcompile.ops.kv.per_token import PerToken8
 
 
@@ -25,3 +26,7 @@ class Int8PerToken(CacheFormat):
     def storage(self, site: CacheSite) -> Storage | Refusal:
         """Return 8-bit vectors."""
         return PerToken8()
+
+    def latents(self, site: CacheSite) -> Storage | Refusal:
+        """Return 8-bit latents, and rotated keys with scales of their own."""
+        return Latent()

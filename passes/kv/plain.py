@@ -9,6 +9,7 @@ from effcompile.core.cache import CacheFormat, Storage
 from effcompile.core.policy import Exactness
 from effcompile.core.site import CacheSite, Refusal
 from effcompile.ops.kv import plain
+from effcompile.ops.kv.latent import Latent
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,7 @@ class Plain(CacheFormat):
     def storage(self, site: CacheSite) -> Storage | Refusal:
         """Return unpacked tokens."""
         return plain.Plain()
+
+    def latents(self, site: CacheSite) -> Storage | Refusal:
+        """Return unpacked latents."""
+        return Latent(bits=16)

@@ -19,7 +19,12 @@ from effcompile.core.cache import CacheShape, Storage
 from effcompile.core.program import Input, Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import CacheSite
-from effcompile.passes.recognize.kv_buffers import Cached, CrossCache, Write
+from effcompile.passes.recognize.kv_buffers import Cached, CrossCache
+from effcompile.passes.recognize.kv_latents import LatentCache, path_of
+from effcompile.passes.recognize.kv_writes import Write
+
+LATENTS = (("latents", "latent_scales"), ("rotated", "rotated_scales"))
+"""Codes and scales of the buffers of a cache of latents."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Retyped:
     constants: Mapping[str, Tensor]
     cross: bool = False
     """Whether the graph only reads it."""
+    ring: int = 0
+    """Places of a window's tokens, 0 where all tokens have one."""
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors of an empty cache."""
@@ -43,13 +50,25 @@ class Retyped:
             made[name] = torch.zeros((), dtype=torch.int64, device=device)
         for name, tensor in self.constants.items():
             made[name].copy_(tensor)
+        if self.ring:
+            made["positions"] = torch.full((1, 1, self.shape(device).capacity), -1, dtype=torch.int32, device=device)
+            made["seen"] = torch.zeros((), dtype=torch.int64, device=device)
         return made
+
+    def clear(self, state: Mapping[str, Tensor]) -> None:
+        """Forget all tokens."""
+        self.storage.clear(state)
+        if self.ring:
+            state["seen"].zero_()
+        if self.site.layout == "mla":  # whose places are all read
+            for tensor in state.values():
+                tensor.zero_()
 
     def shape(self, device: torch.device) -> CacheShape:
         """Return the shape of the tokens, for the places that the storage has for them."""
         site = self.site
         assert isinstance(site.capacity, int)
-        capacity, dtype = self.storage.capacity(site.capacity), getattr(torch, site.dtype)
+        capacity, dtype = self.storage.capacity(self.ring or site.capacity), getattr(torch, site.dtype)
         return CacheShape(int(site.batch), int(site.kv_heads), capacity, site.head_dim, site.value_dim, dtype, device)
 
 
@@ -66,6 +85,10 @@ def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[Cached,
             attention = twin[cache.attention]
             call = AttentionCall.of(attention)
             state = _add_inputs(edit, inputs, new, call.q.meta["val"])
+            if isinstance(cache, LatentCache):
+                for number, write in enumerate(cache.writes):
+                    _unpack(edit, _twin(twin, write), [state[name] for name in LATENTS[number]])
+                continue
             if isinstance(cache, CrossCache):
                 with edit.before(attention):
                     result = _read(edit, new, call, state)
@@ -74,10 +97,7 @@ def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[Cached,
                     for user in list(twin[base].users):
                         _erase_view(copy.graph, user, twin[base])
                 continue
-            keys, values = (
-                Write(twin[w.node], twin[w.base], _of(twin, w.place), twin[w.tokens])
-                for w in (cache.keys, cache.values)
-            )
+            keys, values = (_twin(twin, write) for write in (cache.keys, cache.values))
             with edit.before(attention):
                 result = _attend(edit, new, call, keys, values, state)
             edit.replace(attention, result)
@@ -87,8 +107,11 @@ def retype(program: Program, caches: Mapping[str, Retyped], found: tuple[Cached,
     return program
 
 
-def _of(twin: Mapping[fx.Node, fx.Node], place: fx.Node | int) -> fx.Node | int:
-    return twin[place] if isinstance(place, fx.Node) else place
+def _twin(twin: Mapping[fx.Node, fx.Node], write: Write) -> Write:
+    place = write.place
+    return Write(
+        twin[write.node], twin[write.base], twin[place] if isinstance(place, fx.Node) else place, twin[write.tokens]
+    )
 
 
 def _add_inputs(edit: Editor, inputs: list[Input], new: Retyped, like: Tensor) -> dict[str, fx.Node]:
@@ -119,6 +142,8 @@ def _attend(
             x.expand(batch, heads, -1, -1) if x.dim() == 4 else x.reshape(batch, heads, -1, x.shape[-1]) for x in (k, v)
         )
         first = place if isinstance(place, Tensor) else torch.full((1,), place, dtype=torch.int64, device=q.device)
+        if new.ring:
+            return _slide(new, call, held, first, (q, k, v), _mask(tensors[len(names) :]))
         storage.seek(held, first, k.shape[2], site.capacity if isinstance(site.capacity, int) else 0)
         storage.append(held, k, v)
         given = (call.scale, call.softcap, site.window, new.spelled)
@@ -126,6 +151,33 @@ def _attend(
 
     operands = (call.q, keys.tokens, values.tokens, keys.place)
     return edit.inline(run, *operands, *state.values(), *([call.mask] if call.mask is not None else []))
+
+
+def _slide(
+    new: Retyped,
+    call: AttentionCall,
+    held: Mapping[str, Tensor],
+    places: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+) -> Tensor:
+    """Attend over a ring of places and the new tokens, which take the places of the oldest after that."""
+    (q, k, v), storage, site, count = operands, new.storage, new.site, operands[1].shape[2]
+    positions, length, seen = (held[name] for name in ("positions", "length", "seen"))
+    assert mask is not None
+    assert isinstance(site.capacity, int)
+    first = torch.ops.eff.kv_ring_v1.default(positions, length, seen, places, count, site.window, site.capacity)
+    own = torch.ops.eff.kv_window_mask_v1.default(mask, positions, length, first, count, site.capacity)
+    before = {**held, "length": length + count}
+    found = storage.attend(before, q, k, v, own, False, call.scale, call.softcap, site.window, new.spelled)[0]
+    for number in range(count):
+        token = (first + number).reshape(1)
+        at = token % positions.shape[2]
+        one = [x[:, :, number : number + 1] for x in (k, v)]
+        storage.append(held, one[0], one[1], at.expand(k.shape[:2]).contiguous())
+        positions.index_copy_(2, at, token.to(torch.int32)[None, None])
+    seen.copy_(first + count)
+    return found
 
 
 def _read(edit: Editor, new: Retyped, call: AttentionCall, state: Mapping[str, fx.Node]) -> fx.Node:
@@ -139,6 +191,31 @@ def _read(edit: Editor, new: Retyped, call: AttentionCall, state: Mapping[str, f
         return storage.attend(dict(zip(names, tensors)), q, none[0], none[1], *asked)[0]
 
     return edit.inline(run, call.q, *state.values(), *([call.mask] if call.mask is not None else []))
+
+
+def _unpack(edit: Editor, write: Write, state: Sequence[fx.Node]) -> None:
+    """Write the tokens of a buffer into its packed form, and give to whoever reads it what that holds."""
+    shape, target = write.base.meta["val"].shape, write.node.args[0]
+    assert isinstance(target, fx.Node)
+    count = (write.place if isinstance(write.place, fx.Node) else target).meta["val"].shape
+    count = count[0] if isinstance(write.place, fx.Node) else count[-2]
+
+    def run(tokens: Tensor, place: Tensor | int, codes: Tensor, scales: Tensor) -> Tensor:
+        places = place if isinstance(place, Tensor) else torch.arange(place, place + count, device=tokens.device)
+        rows = tokens.expand(*shape[:-2], count, shape[-1])
+        rows = rows if rows.dim() == 4 else rows[:, None]
+        torch.ops.eff.kv_write_tokens_v1.default(codes, scales, places, rows)
+        found: Tensor = torch.ops.eff.kv_read_tokens_v1.default(codes, scales, places, rows)
+        return found.view(shape)
+
+    path = path_of(write)
+    with edit.before(write.node):
+        result = edit.inline(run, write.tokens, write.place, *state)
+    for node in (write.base, write.node):
+        for user in [user for user in node.users if user not in path]:
+            user.replace_input_with(node, result)
+    for node in path:
+        edit.graph.erase_node(node)
 
 
 def _mask(given: Sequence[Tensor]) -> Tensor | None:

@@ -2,12 +2,13 @@
 
 Four spellings of a write are known: `index_copy_` and `index_put_` at a tensor of places, a slice that is assigned, and a copy of
 the whole. What the attention reads must be the whole tensor and nothing else; where it is not, the reason says so. Keys and values
-in two buffers that the graph only reads are a cache as well, of a cross attention: somebody else wrote it, once.
+in two buffers that the graph only reads are a cache as well, of a cross attention: somebody else wrote it, once. A buffer from
+which both keys and values are computed holds latents (`kv_latents.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +16,16 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
-from effcompile.core.expr import TRUE
+from effcompile.core.expr import TRUE, apply, linear
+from effcompile.core.mask import Mask, causal_offset, window_left
 from effcompile.core.program import Entry, Program
 from effcompile.core.site import CacheSite, Missed, Refusal
+from effcompile.passes.recognize.kv_latents import LatentCache, find_latents
+from effcompile.passes.recognize.kv_writes import CODE, Locate, Write, is_view, unknown, writes_of
 from effcompile.passes.recognize.match import same_size
 
-Locate = Callable[[fx.Node], tuple[str, str]]
-CODE = "EFF-K208"
 _SAME = ("aten::alias", "aten::detach", "aten::contiguous", "aten::clone")
-_DIM = 2  # of the tokens
-
-
-@dataclass(frozen=True)
-class Write:
-    """Hold one write of tokens into a cache: `place` is the node of their places, int64 `[S]`, or the number of the first."""
-
-    node: fx.Node
-    base: fx.Node
-    place: fx.Node | int
-    tokens: fx.Node
+_DIM = 2  # of the tokens of keys and values
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,11 @@ class BufferCache:
     keys: Write
     values: Write
 
+    @property
+    def base(self) -> fx.Node:
+        """Return the input that holds the keys."""
+        return self.keys.base
+
 
 @dataclass(frozen=True)
 class CrossCache:
@@ -55,8 +52,13 @@ class CrossCache:
     keys: fx.Node
     values: fx.Node
 
+    @property
+    def base(self) -> fx.Node:
+        """Return the input that holds the keys."""
+        return self.keys
 
-Cached = BufferCache | CrossCache
+
+Cached = BufferCache | CrossCache | LatentCache
 Found = tuple[tuple[Cached, ...], tuple[Missed, ...]]
 
 
@@ -65,7 +67,7 @@ def find_buffers(program: Program, locate: Locate) -> Found:
     found: list[Cached] = []
     missed: list[Missed] = []
     for entry in program.entries:
-        writes, read = _writes(entry), set[fx.Node]()
+        writes, read = writes_of(entry), set[fx.Node]()
         for node in entry.graph.graph.nodes:
             if node.op != "call_function" or node.target is not torch.ops.eff.attention_v1.default:
                 continue
@@ -87,78 +89,11 @@ def find_buffers(program: Program, locate: Locate) -> Found:
                 found.append(BufferCache(site, node, pair[0][0], pair[1][0]))
             else:
                 missed.append(Missed(site, refusal))
+        latents, other = find_latents(entry, {base for base in read if base in writes}, locate)
+        found, missed = [*found, *latents], [*missed, *other]
+        read |= {write.base for cache in latents for write in cache.writes}
         missed += [_unread(entry, base, mine[0], locate) for base, mine in writes.items() if base not in read]
     return tuple(found), tuple(missed)
-
-
-def _writes(entry: Entry) -> dict[fx.Node, list[Write]]:
-    """Return the writes into each input of the graph that could be a cache; one that is not understood counts as well."""
-    found: dict[fx.Node, list[Write]] = {}
-    for node in entry.graph.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if not node.target._schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        target, base = node.args[0], node.args[0]
-        while base.op == "call_function" and base.args and isinstance(base.args[0], fx.Node) and is_view(base):
-            base = base.args[0]
-        value = base.meta.get("val")
-        if base.op in ("placeholder", "get_attr") and isinstance(value, torch.Tensor) and value.dim() == 4:
-            found.setdefault(base, []).append(_write(node, target, base) or Write(node, base, -1, base))
-    return found
-
-
-def _write(node: fx.Node, target: fx.Node, base: fx.Node) -> Write | None:
-    name = node.target._schema.name  # type: ignore[union-attr]
-    args: Sequence[Any] = node.args
-    if name == "aten::index_copy_" and target is base and args[1] in (_DIM, _DIM - 4):
-        return Write(node, base, args[2], args[3])
-    if name == "aten::index_put_" and target is base:
-        places = list(args[1])
-        alone = len(places) == _DIM + 1 and places[:_DIM] == [None] * _DIM and isinstance(places[_DIM], fx.Node)
-        adds = bool(args[3]) if len(args) > 3 else bool(node.kwargs.get("accumulate"))
-        if alone and not adds and places[_DIM].meta["val"].dim() == 1:
-            return Write(node, base, places[_DIM], args[2])
-    if name == "aten::copy_" and target is base and isinstance(args[1], fx.Node):
-        return None if _made_of(args[1], base) else Write(node, base, 0, args[1])
-    if name == "aten::copy_" and target.op == "call_function" and isinstance(args[1], fx.Node):
-        start = _slice(target, base)
-        if start is not None:
-            return Write(node, base, start, args[1])
-    return None
-
-
-def _made_of(node: fx.Node, base: fx.Node) -> bool:
-    """Tell whether a tensor is made of the old tokens of a cache: moved, or beside new ones."""
-    seen, left = set[fx.Node](), [node]
-    while left:
-        one = left.pop()
-        if one is base:
-            return True
-        if one not in seen and one.op == "call_function" and one.target is not torch.ops.eff.attention_v1.default:
-            seen.add(one)
-            left += one.all_input_nodes
-    return False
-
-
-def _slice(node: fx.Node, base: fx.Node) -> int | None:
-    """Return where a slice of the tokens begins whose other dimensions are whole."""
-    start = 0
-    while node is not base:
-        if node.target is not torch.ops.aten.slice.Tensor:
-            return None
-        missing: tuple[Any, ...] = (None, 0, None, None, 1)[len(node.args) :]
-        given: tuple[Any, ...] = (*node.args, *missing)
-        whole, dim, first, last, step = given
-        extent = whole.meta["val"].shape[dim]
-        if step not in (1, None):
-            return None
-        if dim == _DIM and start == 0 and isinstance(first or 0, int):
-            start = int(first or 0)
-        elif first not in (0, None) or (isinstance(last, int) and last < extent):
-            return None
-        node = whole
-    return start
 
 
 def _base(node: fx.Node, writes: dict[fx.Node, list[Write]]) -> fx.Node | None:
@@ -189,19 +124,6 @@ def _is_same(node: fx.Node) -> bool:
     return alike and before.dtype == after.dtype
 
 
-def is_view(node: fx.Node) -> bool:
-    """Tell whether a node is another form of its first operand, in the same memory."""
-    target = node.target
-    return (
-        node.op == "call_function"
-        and isinstance(target, torch._ops.OpOverload)
-        and bool(target._schema.returns)
-        and any(
-            returned.alias_info is not None and not returned.alias_info.is_write for returned in target._schema.returns
-        )
-    )
-
-
 def _site(
     entry: Entry, node: fx.Node, call: AttentionCall, locate: Locate, bases: Sequence[fx.Node | None]
 ) -> CacheSite:
@@ -219,8 +141,25 @@ def _site(
         head_dim=int(k.shape[3]),
         value_dim=int(v.shape[3]),
         capacity=_extent(k.shape[2]),
+        window=_window(call),
         dtype=str(k.dtype).removeprefix("torch."),
     )
+
+
+def _window(call: AttentionCall) -> int:
+    """Return how many of the last tokens a query sees at most, itself included; 0 where that is not known, or all.
+
+    Of k <= q + o and k >= q - w, where o is the place of the first query, w + o is a number of tokens.
+    """
+    parts = Mask(call.keep).parts() if call.keep is not None else ()
+    ends = [o for part in parts if (o := causal_offset(part)) is not None]
+    starts = [w for part in parts if (w := window_left(part)) is not None]
+    for end in ends:
+        for start in starts:
+            terms, number = linear(apply("add", start, end))
+            if not any(terms.values()) and number >= 0:
+                return number + 1
+    return 0
 
 
 def _is_buffer(entry: Entry, base: fx.Node) -> bool:
@@ -248,26 +187,13 @@ def _unread(entry: Entry, base: fx.Node, write: Write, locate: Locate) -> Missed
         dtype=str(value.dtype).removeprefix("torch."),
     )
     if write.place == -1:
-        return Missed(site, _unknown(write))
+        return Missed(site, unknown(write))
     if not readers:
         return Missed(site, Refusal(CODE, "nothing reads it"))
     if readers[0].target is torch.ops.eff.attention_v1.default:
         return Missed(site, Refusal(CODE, "attention reads a part of it"))
     kept = f"attention reads what `{readers[0].target}` makes of it, as of the latents of MLA; only keys and values can be packed"
     return Missed(site, Refusal(CODE, f"{kept} ({source})" if source else kept))
-
-
-def _unknown(write: Write) -> Refusal:
-    """Say why a write is not understood."""
-    if any(_made_of(x, write.base) for x in write.node.args[1:] if isinstance(x, fx.Node)):
-        return Refusal(
-            CODE,
-            "its tokens are moved at every call, as in a window that slides by copying",
-            "index_copy_(2, places, tokens), and a mask that hides what the window has left",
-        )
-    return Refusal(
-        CODE, f"`{write.node.target}` writes it in a way that is not known", "index_copy_(2, places, tokens)"
-    )
 
 
 def _refusal_cross(node: fx.Node, call: AttentionCall, bases: Sequence[fx.Node | None]) -> Refusal | None:
@@ -306,7 +232,7 @@ def _refusal(node: fx.Node, call: AttentionCall, pair: Sequence[Sequence[Write]]
     order = {other: number for number, other in enumerate(node.graph.nodes)}
     for write in (keys, values):
         if isinstance(write.place, int) and write.place < 0:
-            return _unknown(write)
+            return unknown(write)
         if order[write.node] > order[node]:
             return Refusal(CODE, "tokens are written after attention has read the cache")
         others = [user for user in [*write.base.users, *write.node.users] if not _belongs(user, node, write)]

@@ -47,6 +47,7 @@ def recognize_caches(program: Program, locate: Locate) -> tuple[CacheSite, ...]:
                 window=int(given["window"]),
                 format=str(given["format"]),
                 dtype=str(k.dtype).removeprefix("torch."),
+                layout="mla" if "latents" in tensors else "heads",
             )
             node.meta["eff.site"] = site.id
             found.append(site)

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import effcompile as eff
 from effcompile.core.errors import EffError
 from effcompile.models.llama import Llama, LlamaConfig, LlamaDecoder
+from tests.integrations.test_prepare import llama, words
 
 H, HKV, D, C = 4, 2, 32, 96
 
@@ -134,6 +136,34 @@ def test_a_cache_that_is_no_buffer_is_an_error_with_its_line() -> None:
         eff.prepare(exported(Layer(register=False), 1), kv="int8-per-token")
 
 
+@pytest.mark.parametrize("family", ["kv", "evict"])
+def test_under_torch_compile_a_buffer_is_seen_by_others_and_the_door_is_named(family: str) -> None:
+    """The graph is refused whether or not others read the buffer, since it cannot know; what Dynamo is given says which door."""
+    asked = {"kv": "int8-per-token", "evict": "snapkv"}[family]
+    model = Layer().eval()
+    fast = torch.compile(model, backend="eff", options={family: asked})
+    with (
+        pytest.raises(BackendCompilerFailed, match=rf"(?s)EFF-U013 .*test_exported.py:\d+.*{family}={asked}.*export"),
+        torch.no_grad(),
+    ):
+        fast(*inputs(1, 0))
+    assert float(model.keys.abs().max()) == 0  # nothing has run
+
+
+def test_a_cache_that_the_model_is_given_has_the_other_door() -> None:
+    from transformers import StaticCache
+
+    model = llama(num_hidden_layers=1)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    fast = torch.compile(model, backend="eff", options={"kv": "int8-per-token"}, dynamic=False)
+    with torch.no_grad():
+        model(words(1, 3), past_key_values=cache, use_cache=True)
+        with pytest.raises(BackendCompilerFailed, match=r"(?s)EFF-U013.*use eff.prepare\(model, kv=...\)"):
+            fast(words(1, 1), past_key_values=cache, use_cache=True)
+    with pytest.raises(EffError, match=r"(?s)EFF-K205.*torch.export.export"):
+        eff.prepare(Layer(), kv="int8-per-token")
+
+
 def test_a_decoder_of_the_zoo_in_compiled_code() -> None:
     """Every layer by its own format, one left as it is; the module goes through torch.compile like any other."""
     torch.manual_seed(0)
@@ -232,12 +262,11 @@ class Other(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
-        self.up = nn.Linear(D, 2 * H * D, bias=False)
         for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(1, 1 if how == "latent" else H, C, D))
+            self.register_buffer(name, torch.zeros(1, H, C, D))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor) -> Tensor:
-        """Return the attention of q `[1, H, S, D]`; k and v are `[1, H, S, D]`, or of one head where they are latents."""
+        """Return the attention of q, k and v `[1, H, S, D]`."""
         mask = torch.arange(C)[None] <= places[:, None]
         if self.how == "whole":
             self.keys.copy_(k)
@@ -247,15 +276,11 @@ class Other(nn.Module):
             self.keys.copy_(torch.cat([self.keys[:, :, 1:], k], 2))
             self.values.copy_(torch.cat([self.values[:, :, 1:], v], 2))
             return F.scaled_dot_product_attention(q, self.keys, self.values, mask)
-        if self.how == "roll":
-            for held, new in ((self.keys, k), (self.values, v)):
-                rolled = held.roll(-1, 2)
-                rolled[:, :, -1:] = new
-                held.copy_(rolled)
-            return F.scaled_dot_product_attention(q, self.keys, self.values, mask)
-        self.keys.index_copy_(2, places, k)
-        both = self.up(self.keys).view(1, C, 2 * H, D).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, both[:, :H], both[:, H:], mask)
+        for held, new in ((self.keys, k), (self.values, v)):
+            rolled = held.roll(-1, 2)
+            rolled[:, :, -1:] = new
+            held.copy_(rolled)
+        return F.scaled_dot_product_attention(q, self.keys, self.values, mask)
 
 
 def test_a_prompt_that_fills_a_cache_as_a_whole_needs_no_mask() -> None:
@@ -267,15 +292,11 @@ def test_a_prompt_that_fills_a_cache_as_a_whole_needs_no_mask() -> None:
             assert float((packed(*x, torch.arange(C)) - model(*x, torch.arange(C))).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [("slide", "moved at every call"), ("roll", "moved at every call"), ("latent", "aten.linear.*latents")],
-)
-def test_windows_that_move_and_latents_are_refused_with_their_line(how: str, reason: str) -> None:
-    heads = 1 if how == "latent" else H
-    q, k, v = (torch.randn(1, n, 1, D) for n in (H, heads, heads))
+@pytest.mark.parametrize("how", ["slide", "roll"])
+def test_windows_that_move_are_refused_with_their_line(how: str) -> None:
+    q, k, v = (torch.randn(1, H, 1, D) for _ in range(3))
     program = torch.export.export(Other(how).eval().requires_grad_(False), (q, k, v, torch.tensor([0])))
-    with pytest.raises(EffError, match=rf"(?s)EFF-K208.*test_exported.py:\d+.*{reason}"):
+    with pytest.raises(EffError, match=r"(?s)EFF-K208.*test_exported.py:\d+.*moved at every call"):
         eff.prepare(program, kv="int8-per-token")
 
 
@@ -292,10 +313,10 @@ def test_programs_that_transformers_exports(kind: str) -> None:
         config = Gemma2Config(**sizes, vocab_size=64, num_key_value_heads=1, head_dim=32, sliding_window=8)
         model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
         model.generation_config.update(cache_implementation="static", use_cache=True)
-        model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 32}
+        model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": 96}
         program = executorch.convert_and_export_with_cache(model)
         steps = [
-            {"input_ids": torch.tensor([[n * 7 % 63 + 1]]), "cache_position": torch.tensor([n])} for n in range(20)
+            {"input_ids": torch.tensor([[n * 7 % 63 + 1]]), "cache_position": torch.tensor([n])} for n in range(60)
         ]
         calls = [((), step) for step in steps]
     else:
@@ -309,6 +330,8 @@ def test_programs_that_transformers_exports(kind: str) -> None:
     own = program.module()
     packed = eff.prepare(program, kv="plain")
     assert len(packed.caches) == 2
+    if kind == "gemma2":  # a layer with a window of 8 and room for 32 tokens, and one without
+        assert sorted(new.ring for new in packed.caches.values()) == [0, 7 + 32]
     with torch.no_grad():
         for args, named in calls:
             found, wanted = packed(*args, **named), own(*args, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,6 @@ def sliding() -> Any:
     torch.manual_seed(0)
     fields = {**LLAMA, **HEADS, "sliding_window": 8, "query_pre_attn_scalar": 32, "pad_token_id": 0}
     return Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
-
-
-def latents() -> Any:
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 32}
-    sizes = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-    experts = {
-        "n_routed_experts": 2,
-        "num_experts_per_tok": 1,
-        "first_k_dense_replace": 2,
-        "n_group": 1,
-        "topk_group": 1,
-    }
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**LLAMA, **heads, **sizes, **experts})).eval()
 
 
 def sinks() -> Any:
@@ -199,6 +185,25 @@ def test_beams_and_several_results(extra: dict[str, Any]) -> None:
     assert torch.equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("kv", ["int8-per-token", "kivi{residual=32}", "two-plane"])
+def test_a_prefix_is_read_once_and_serves_several_continuations(kv: str) -> None:
+    """As transformers' documentation does it: a copy of the prefix's cache for each prompt, in calls and in generate."""
+    model = eff.prepare(llama(), kv=kv)
+    prefix, more = words(1, 70), [words(1, 9, seed) for seed in (1, 2)]
+    kept = eff.kv_cache(model, capacity=128)
+    steps(model, prefix, kept, (70,))
+    before = [x.clone() for layer in kept.packed for x in layer.state.values()]
+    given = {"max_new_tokens": 6, "do_sample": False}
+    for part in more:
+        ids = torch.cat([prefix, part], 1)
+        cache, fresh = copy.deepcopy(kept), eff.kv_cache(model, capacity=128)
+        found = model.generate(ids, past_key_values=cache, **given)
+        steps(model, prefix, fresh, (70,))
+        assert torch.equal(found, model.generate(ids, past_key_values=fresh, **given))
+        assert cache.get_seq_length() == 70 + 9 + 5
+    assert all(map(torch.equal, before, (x for layer in kept.packed for x in layer.state.values())))
+
+
 def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
     model = llama()
     eff.prepare(model, kv="int8-per-token", capacity=64)
@@ -241,8 +246,6 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
     small = T5Config(vocab_size=20, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
     with pytest.raises(EffError, match="EFF-K205"):
         eff.prepare(T5ForConditionalGeneration(small), kv="int8-per-token")
-    with pytest.raises(EffError, match=r"EFF-K205.*DeepseekV3Attention caches latents"):
-        eff.prepare(latents(), kv="int8-per-token")
     prepared = eff.prepare(llama(attention_dropout=0.5), kv="int8-per-token").train()
     with pytest.raises(EffError, match=r"EFF-K205.*dropout"):
         prepared(words(1, 4), past_key_values=eff.kv_cache(prepared), use_cache=True)

@@ -150,6 +150,28 @@ def test_no_element_is_off_by_more_than_half_a_scale(name: str) -> None:
         assert bool(((found - given_).abs() <= half + slack).all())
 
 
+@pytest.mark.parametrize("name", sorted(STORAGES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_come_one_after_the_other_are_read_as_those_that_come_at_once(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Append then read equals compute anew: a token's bits depend on it and its group, never on the calls that brought it."""
+    storage = STORAGES[name]
+    k, v = (draw(2, 2, 300, 64, dtype=dtype, seed=seed) for seed in (1, 2))
+    once, parts = (empty(storage, shape_of(storage, 320, 2, 2, (64, 64), dtype)) for _ in range(2))
+    storage.append(once, k, v)
+    start = 0
+    for count in (1, 70, 1, 1, 128, 32, 1, 66):
+        storage.append(parts, k[:, :, start : start + count], v[:, :, start : start + count])
+        start += count
+    assert start == 300
+    if name in GROUPED:  # how many tokens wait unpacked is the calls' own; what both have packed is the same
+        start = min(int(state["packed"]) for state in (once, parts))
+        assert start >= 128
+    found, wanted = (storage.read(state, 0, start, torch.float32) for state in (parts, once))
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_a_context_within_the_residual_is_exact(name: str) -> None:
     storage = STORAGES[name]

@@ -16,9 +16,37 @@ from torch import Tensor
 
 def register() -> None:
     """Register the ops of every form of cache, once."""
-    from effcompile.ops.kv import evict, fixed, grouped, mixed, per_token, plain, seek, two_plane, window
+    from effcompile.ops.kv import (
+        evict,
+        fixed,
+        grouped,
+        latent,
+        mixed,
+        per_token,
+        plain,
+        refuse,
+        ring,
+        seek,
+        tokens,
+        two_plane,
+        window,
+    )
 
-    for module in (plain, per_token, grouped, fixed, two_plane, mixed, evict, seek, window):
+    for module in (
+        plain,
+        per_token,
+        grouped,
+        fixed,
+        two_plane,
+        mixed,
+        latent,
+        tokens,
+        evict,
+        seek,
+        ring,
+        refuse,
+        window,
+    ):
         module.register()
 
 
@@ -26,6 +54,8 @@ def places(tensors: Mapping[str, Tensor]) -> Any:
     """Return how many tokens the operands of an attention over a cache have place for; a symbol where that is one."""
     if "keys" in tensors:
         return tensors["keys"].shape[2]
+    if "latents" in tensors:
+        return tensors["latents"].shape[2]
     if "a_positions" in tensors:
         return sum(tensors[name].shape[2] for name in ("a_positions", "b_positions", "k_recent"))
     scales = tensors["v_scales"]
