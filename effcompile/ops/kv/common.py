@@ -99,9 +99,12 @@ class Form:
         settings = [text.split()[-1] for text in self.settings]
         names = ["q", "k", "v", *self.state, "mask", "causal", "scale", "softcap", *settings]
         of = dict(zip(names, given, strict=False))
-        rest = [of[name] for name in ("mask", "causal", "scale", "softcap")]
-        state, more = {name: of[name] for name in self.state}, {name: of[name] for name in settings}
-        return Call(of["q"], of["k"], of["v"], state, *rest, more, tuple(given[: len(names)]))
+        return Call(
+            **{name: of[name] for name in ("q", "k", "v", "mask", "causal", "scale", "softcap")},
+            state={name: of[name] for name in self.state},
+            settings={name: of[name] for name in settings},
+            given=tuple(given[: len(names)]),
+        )
 
     def define(
         self, append: Callable[..., None], attend: Callable[..., Any], places: Callable[[Sequence[Tensor]], int]
