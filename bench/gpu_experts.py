@@ -109,7 +109,7 @@ def problem(layer: Layer, tokens: int, device: str, names: Sequence[str], tuned:
     for name in names:
         if name == "eff":
             arms[name] = compared(
-                lambda x, ids, shares: torch.ops.eff.moe_v1(x, ids, shares, w1, None, w2, None, *GATE), whole
+                lambda x, ids, shares: torch.ops.eff.moe_blocks_v1(x, ids, shares, w1, None, w2, None, *GATE), whole
             )
         elif name in SPANS:
             arms[name] = _packed(sets[0], w1, w2, *SPANS[name])

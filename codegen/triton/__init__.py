@@ -48,7 +48,7 @@ LAUNCHES = {
     "eff::kv_attention_rows_v1": "kv_steps:attend_rows",
     "eff::kv_attention_planes_v1": "kv_steps:attend_planes",
     "eff::kv_attention_mixed_v1": "kv_steps:attend_mixed",
-    "eff::moe_v1": "moe:experts",
+    "eff::moe_blocks_v1": "moe:experts",
     "eff::moe_quantized_v1": "moe:quantized",
 }
 """Give for each op the file and the function that launches its kernel."""

@@ -38,7 +38,7 @@ def experts(
     block: int = 0,
     config: tuple[Config, Config] | None = None,
 ) -> Tensor:
-    """Run `eff::moe_v1` (see effcompile/ops/moe.py) with the kernels where they take its dtype.
+    """Run `eff::moe_blocks_v1` (see effcompile/ops/moe.py) with the kernels where they take its dtype.
 
     `block` 0 takes rows in blocks of `block_rows`; `config` None takes the default of each product.
 

@@ -89,6 +89,8 @@ class ExpertDispatch(ABC):
     portable: ClassVar[bool] = False
     """Whether what it inserts is standard operators alone."""
     capacity: ClassVar[bool] = False
+    on_request: ClassVar[bool] = False
+    """Whether it runs only where it is asked for, until it has measured times: its kernels were never timed beside the others."""
 
     @abstractmethod
     def supports(self, site: MoESite, target: Target) -> Answer:

@@ -35,7 +35,9 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     trained = torch.is_grad_enabled() and (
         hidden_states.requires_grad or first.requires_grad or top_k_weights.requires_grad
     )
-    if gate is None or trained or hidden_states.dtype != first.dtype:
+    # Off the CPU the op reads counts on the host unless a plan puts another dispatch in its place.
+    plain = hidden_states.device.type != "cpu" and not torch.compiler.is_compiling()
+    if gate is None or trained or plain or hidden_states.dtype != first.dtype:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         found: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)

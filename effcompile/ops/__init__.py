@@ -66,5 +66,5 @@ def register() -> None:
     bodies = {name: body for module in with_kernels for name, body in module.BODIES.items()}
     kernels = importlib.import_module("effcompile.codegen.triton")
     caches = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
-    experts = (moe.NAME, moe_quantized.NAME)
+    experts = (moe.BLOCKS, moe_quantized.NAME)
     kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1", *caches, *experts))

@@ -2,7 +2,8 @@
 
 F_e(x) = W2_e gate(W1_e x + b1_e) + b2_e. The one form that every spelling of a mixture of experts is raised to. An id outside
 [0, E) contributes nothing: its row is never multiplied, so that a NaN there reaches nobody (expert parallelism marks tokens of
-other ranks so). On CPU the compiled kernel of `native_moe.py` runs where it can. Papers: arXiv:1701.06538, arXiv:2101.03961.
+other ranks so). On CPU the compiled kernel of `native_moe.py` runs where it can. `eff::moe_blocks_v1` means the same and is the op
+of the Triton kernels. Papers: arXiv:1701.06538, arXiv:2101.03961.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from effcompile.core.experts import ACTS, LAYOUTS, ExpertsCall
 from effcompile.ops import native_moe
 from effcompile.ops.attention import define
 
-NAME = "eff::moe_v1"
+NAME, BLOCKS = "eff::moe_v1", "eff::moe_blocks_v1"
 SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str act, str layout, bool transposed, "
     "str side, float alpha, float beta, float limit) -> Tensor"
@@ -162,5 +163,6 @@ def _fake(*operands: Any) -> Tensor:
 
 
 def register() -> None:
-    """Register the op, once."""
-    define(NAME, SCHEMA, moe, _fake)
+    """Register both ops, once."""
+    for name in (NAME, BLOCKS):
+        define(name, SCHEMA, moe, _fake)

@@ -26,31 +26,39 @@ def with_experts(
     dispatches: Sequence[ExpertDispatch],
     asked: str = "",
 ) -> Plan:
-    """Return the plan of one graph with the dispatch of every site: the cheapest, or the one that was asked for where it can."""
+    """Return the plan of one graph with the dispatch of every site: the cheapest, or the one that was asked for where it can.
+
+    One that runs on request, and has no measured times here, comes behind all others.
+    """
     if not sites and not missed:
         return plan
     choices: list[Choice] = []
     declined = [Decline(item.site.id, FAMILY, "raise", item.refusal, item.site.source) for item in missed]
     for site in sites:
         able: dict[str, Supported] = {}
+        last: set[str] = set()
         for item in _of_its_kind(site, dispatches):
             answer = item.supports(site, target)
             if isinstance(answer, Refusal):
                 declined.append(Decline(site.id, FAMILY, item.name, answer, site.source))
             else:
                 able[item.name] = answer
-        ranked = sorted(able, key=lambda name: (name != asked, able[name].seconds, name))
+                if item.on_request and answer.tag != "measured":
+                    last.add(item.name)
+        ranked = sorted(able, key=lambda name: (name != asked, name in last, able[name].seconds, name))
         assert ranked, f"nothing runs {site}"
         best, others = ranked[0], sorted(ranked[1:], key=lambda name: able[name].seconds)
-        following = ", ".join(f"{name} {able[name].seconds * 1e3:.3g} ms" for name in others)
+        following = ", ".join(
+            f"{name} {able[name].seconds * 1e3:.3g} ms{' on request' if name in last else ''}" for name in others
+        )
         reason = ("as asked" if best == asked else "cheapest") + (f"; next {following}" if following else "")
         choices.append(Choice(site.id, FAMILY, best, reason, able[best].seconds, able[best].tag))
-    *first, last = plan.graphs
+    *first, newest = plan.graphs
     made = replace(
-        last,
-        choices=(*last.choices, *choices),
-        declined=(*last.declined, *declined),
-        fingerprints=tuple(sorted({**dict(last.fingerprints), **fingerprints(sites)}.items())),
+        newest,
+        choices=(*newest.choices, *choices),
+        declined=(*newest.declined, *declined),
+        fingerprints=tuple(sorted({**dict(newest.fingerprints), **fingerprints(sites)}.items())),
     )
     return replace(plan, graphs=(*first, made))
 

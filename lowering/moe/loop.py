@@ -15,7 +15,6 @@ from effcompile.core.kernel import Answer
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target
-from effcompile.lowering.moe.block_aligned import launches
 from effcompile.lowering.moe.price import price
 
 
@@ -26,11 +25,9 @@ class Loop(ExpertDispatch):
     name: ClassVar[str] = "loop"
 
     def supports(self, site: MoESite, target: Target) -> Answer:
-        """Answer for everything that the kernels of `fused` and `block-aligned` do not run."""
+        """Answer for everything that the kernel of `fused` does not run."""
         if target.device.kind == "cpu" and site.dtype in ("float32", "bfloat16", "float16"):
             return Refusal("EFF-M204", "on CPU the op runs its kernel: `fused`")
-        if target.device.kind != "cpu" and launches(site, target):
-            return Refusal("EFF-M204", "on this GPU the op runs its kernels: `block-aligned`")
         return price(self.name, site, target)
 
     def lower(self, node: fx.Node, site: MoESite, edit: Editor) -> fx.Node:

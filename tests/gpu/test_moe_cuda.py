@@ -44,11 +44,11 @@ def test_the_op_on_the_device_is_what_float64_gives(name, tokens, dtype):
     ops.register()
     given = support.make(tokens, **{"hidden": 128, "inner": 256, "experts": 5, "top_k": 2, **CASES[name]}).to(dtype)
     given.ids[0, 0] = -1
-    found = torch.ops.eff.moe_v1(*device(given.args))
+    found = torch.ops.eff.moe_blocks_v1(*device(given.args))
     exact = exact_of(given)
     bound = max(3e-5, 6 * torch.finfo(dtype).eps)
     assert support.error(found.cpu(), exact) < bound
-    again = torch.ops.eff.moe_v1(*device(given.args))
+    again = torch.ops.eff.moe_blocks_v1(*device(given.args))
     assert torch.equal(found, again), "two runs differ"
 
 
@@ -87,18 +87,18 @@ def test_nothing_is_read_on_the_host_and_a_cuda_graph_holds_it():
     ops.register()
     given = support.make(64, 128, 128, 8, 2).to(torch.bfloat16)
     args = device(given.args)
-    wanted = torch.ops.eff.moe_v1(*args)
+    wanted = torch.ops.eff.moe_blocks_v1(*args)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.ops.eff.moe_v1(*args)
+        torch.ops.eff.moe_blocks_v1(*args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = torch.ops.eff.moe_v1(*args)
+        out = torch.ops.eff.moe_blocks_v1(*args)
     args[1].copy_(args[1].flip(0))  # other experts, the same graph
     graph.replay()
-    assert torch.equal(out, torch.ops.eff.moe_v1(*args))
+    assert torch.equal(out, torch.ops.eff.moe_blocks_v1(*args))
     assert not torch.equal(out, wanted)
 
 
@@ -107,7 +107,7 @@ def test_what_no_expert_gets_is_never_multiplied():
     given = support.make(300, 128, 128, 8, 2)
     given.ids[7] = torch.tensor([-1, 8])
     given.x[7] = torch.nan
-    found = torch.ops.eff.moe_v1(*device(given.args)).cpu()
+    found = torch.ops.eff.moe_blocks_v1(*device(given.args)).cpu()
     assert torch.isfinite(found).all()
     assert torch.equal(found[7], torch.zeros_like(found[7]))
 
@@ -121,7 +121,7 @@ def test_a_compiled_block_runs_the_kernels():
     with torch.no_grad():
         wanted = model.double()(ids)
         model.float()
-        found = torch.compile(model, backend="eff", options={"require": {"moe": "all"}})(ids)
+        found = torch.compile(model, backend="eff", options={"moe": "block-aligned", "require": {"moe": "all"}})(ids)
     dispatches = [site["dispatch"] for graph in eff.report()["graphs"] for site in graph["experts"]]
     assert dispatches == ["block-aligned"] * 2
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)

@@ -123,7 +123,7 @@ def test_a_dry_run_names_an_unprepared_loop_and_what_mends_it() -> None:
     eff.prepare(model)
     found = eff.explain(model, IDS, use_cache=False, target="sm_90", options={"require": {"moe": "all"}})
     assert not found.experts_kept
-    assert {row.dispatch for row in found.experts} <= {"block-aligned", "batched", "grouped", "dense", "loop"}
+    assert {row.dispatch for row in found.experts} <= {"batched", "grouped", "dense", "loop"}
     assert "E=4 H=32 I=24" in str(found)
     assert found.to_json()["experts"][0]["router"] == "softmax, top 2, renormalized"
 

@@ -23,7 +23,7 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 
 CACHES = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
-EXPERTS = ("eff::moe_v1", "eff::moe_quantized_v1")
+EXPERTS = ("eff::moe_blocks_v1", "eff::moe_quantized_v1")
 OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1", *CACHES, *EXPERTS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile import ops
 from effcompile.compiler import all_dispatches
-from effcompile.core.experts import ExpertDispatch, Gate
-from effcompile.core.kernel import Supported
+from effcompile.core.experts import ExpertDispatch, Gate, MoESite
+from effcompile.core.kernel import Answer, Supported
 from effcompile.core.plan import Choice, Plan
 from effcompile.core.program import Entry, Input, Program
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target
+from effcompile.lowering.moe.block_aligned import BlockAligned
 from effcompile.lowering.moe.lower import lower_experts
 from effcompile.passes.recognize.experts import recognize_experts
 from effcompile.planning.experts import with_experts
@@ -74,7 +76,8 @@ def test_the_cheapest_runs_and_what_was_asked_for_comes_first(target: Target) ->
     choice = plan.of(site.id, "moe")
     assert choice is not None
     able = [item.supports(site, target) for item in all_dispatches()]
-    assert choice.seconds == min(answer.seconds for answer in able if not isinstance(answer, Refusal))
+    usual = [a for item, a in zip(all_dispatches(), able) if isinstance(a, Supported) and not item.on_request]
+    assert choice.seconds == min(answer.seconds for answer in usual)
     assert plan.fingerprints == ((site.id, site.fingerprint),)
     asked = with_experts(base, [site], (), target, all_dispatches(), "grouped").of(site.id, "moe")
     assert asked is not None
@@ -90,17 +93,38 @@ def shaped(target: Target, dtype: torch.dtype = torch.bfloat16) -> dict[int, dic
     }
 
 
-def cheapest(answers: dict[str, Supported | Refusal], *but: str) -> str:
-    able = {
-        name: answer.seconds for name, answer in answers.items() if isinstance(answer, Supported) and name not in but
-    }
-    return min(able, key=able.__getitem__)
+def chosen(site: MoESite, target: Target, dispatches: Sequence[ExpertDispatch], asked: str = "") -> str:
+    choice = with_experts(Plan.single(str(target)), [site], (), target, dispatches, asked).of(site.id, "moe")
+    assert choice is not None
+    return choice.policy
 
 
-def test_a_gpu_runs_blocks_of_rows_else_groups_in_prefill_and_fetched_weights_in_decode() -> None:
-    answers = shaped(TARGETS[1])
-    assert [cheapest(answers[n]) for n in (1, 4096)] == ["block-aligned", "block-aligned"]
-    assert [cheapest(answers[n], "block-aligned") for n in (1, 4096)] == ["batched", "grouped"]
+@pytest.mark.parametrize(
+    ("dtype", "prefill", "decode"),
+    [(torch.bfloat16, "grouped", "batched"), (torch.float16, "batched", "batched"), (torch.float32, "loop", "batched")],
+)
+def test_a_gpu_runs_kernels_that_were_never_timed_only_where_they_are_asked_for(
+    dtype: torch.dtype, prefill: str, decode: str
+) -> None:
+    (site,) = recognize_experts(program(CASES["plain"].to(dtype)), lambda node: ("", "")).sites
+    site = replace(site, experts=128, top_k=8, hidden=2048, inner=768)
+    one, many = replace(site, tokens=1), replace(site, tokens=4096)
+    found = [chosen(item, TARGETS[1], all_dispatches()) for item in (many, one)]
+    assert "block-aligned" not in found
+    if dtype == torch.bfloat16:
+        assert found == [prefill, decode]
+    assert chosen(many, TARGETS[1], all_dispatches(), "block-aligned") == "block-aligned"
+
+
+def test_a_measured_time_of_them_counts() -> None:
+    class Timed(BlockAligned):
+        def supports(self, site: MoESite, target: Target) -> Answer:
+            return Supported(1e-9, "measured")
+
+    (site,) = recognize_experts(program(CASES["plain"].to(torch.bfloat16)), lambda node: ("", "")).sites
+    others = [item for item in all_dispatches() if item.name != "block-aligned"]
+    assert chosen(site, TARGETS[1], [*others, Timed()]) == "block-aligned"
+    assert chosen(site, TARGETS[1], [BlockAligned()]) == "block-aligned"  # nothing else can
 
 
 @pytest.mark.parametrize(
@@ -114,11 +138,9 @@ def test_a_gpu_runs_blocks_of_rows_else_groups_in_prefill_and_fetched_weights_in
     ],
 )
 def test_blocks_of_rows_are_for_gpus_that_have_the_kernels(word: str, dtype: torch.dtype, runs: bool) -> None:
-    """Where they decline they say why; where they run, the op is not also called a loop."""
+    """Where they decline they say why."""
     answers = shaped(Target.parse(word, devices()), dtype)[4096]
     assert isinstance(answers["block-aligned"], Supported) == runs
-    if runs:
-        assert isinstance(answers["loop"], Refusal)
-    else:
+    if not runs:
         assert answers["block-aligned"].code == "EFF-M209"  # type: ignore[union-attr]
         assert any(isinstance(answer, Supported) for answer in answers.values())
