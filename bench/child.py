@@ -57,6 +57,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
         "memory": _memory,
         "compile": _compile,
         "export": _export,
+        "moe": _moe,
     }
     return tasks[request["task"]](request)
 
@@ -131,6 +132,29 @@ def _memory(request: Mapping[str, Any]) -> dict[str, Any]:
             "peak_was_reset": reset,
         }
     }
+
+
+def _moe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the first calls of a block of the case moe, then read how far memory rises in the next three."""
+    import torch
+
+    from bench.case import Settings
+    from bench.cases import moe
+    from bench.limits import time_box
+
+    settings, at = Settings.from_json(request["settings"]), request["parameters"]
+    torch.set_num_threads(settings.threads)
+    with torch.no_grad(), time_box(settings.limit):
+        block, inputs = moe.build(str(at["form"]), int(at["length"]), str(at["dtype"]), settings.device)
+        call = moe.call(block, inputs[:1], *request["arm"])
+        call()
+        before, reset = _start_peak(settings.device)
+        for _ in range(3):
+            call()
+        peak = _peak(settings.device)
+    if not reset:
+        return {"error": "the peak of a process cannot be reset here"}
+    return {"bytes": {"call_peak": max(1, peak - before), "before": before, "process_peak": peak}}
 
 
 def _start_peak(device: str) -> tuple[int, bool]:

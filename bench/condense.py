@@ -21,7 +21,7 @@ from effcompile.lowering.rates import Curve
 
 INSTALLED = ROOT / "lowering" / rates.FILE
 
-TABLES = ("attention-table", "linear-table")
+TABLES = ("attention-table", "linear-table", "moe-table")
 
 Point = tuple[float, float]
 """Seconds of a call, and the seconds that its work takes at the machine's GEMM rate."""
@@ -38,9 +38,9 @@ def install_tables(names: Sequence[str], folder: Path, path: Path = INSTALLED) -
     """
     for name in names:
         if name not in TABLES:
-            raise unknown("EFF-B110", "table", name, TABLES, hint="eff bench attention-table linear-table --install")
+            raise unknown("EFF-B110", "table", name, TABLES, hint="eff bench attention-table --install")
     lines = []
-    for name, document in tables(names or TABLES, folder):
+    for name, document in tables(names, folder):
         family, part = measured(document)
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"families": {}}
         told["families"].setdefault(family, {}).update(part)
@@ -51,15 +51,15 @@ def install_tables(names: Sequence[str], folder: Path, path: Path = INSTALLED) -
 
 
 def tables(names: Sequence[str], folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the stored tables of every machine, with their names.
+    """Return the stored tables of every machine, with their names; no names are all tables that there are.
 
     Raises:
-        EffError: EFF-B106 where a name has none.
+        EffError: EFF-B106 where a name has none, or where there are none at all.
     """
-    found = [(name, [store.read(path) for path in sorted(folder.glob(f"*/{name}.json"))]) for name in names]
-    for name, documents in found:
-        if not documents:
-            raise EffError("EFF-B106", f"there are no results of {name} yet", hint=f"eff bench {name}")
+    found = [(name, [store.read(path) for path in sorted(folder.glob(f"*/{name}.json"))]) for name in names or TABLES]
+    missing = [name for name, documents in found if not documents]
+    if missing if names else len(missing) == len(TABLES):
+        raise EffError("EFF-B106", f"there are no results of {missing[0]} yet", hint=f"eff bench {missing[0]}")
     return [(name, document) for name, documents in found for document in documents]
 
 
@@ -78,6 +78,8 @@ def measured(document: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     about = f"{date[:10]}, {last['cpu']['model']}, {last['threads']} threads, torch {last['versions']['torch']}"
     if document["case"] == "linear-table":
         return last["cpu"]["family"], {"linear": condense_linear(document), "linear_about": about}
+    if document["case"] == "moe-table":
+        return last["cpu"]["family"], {"experts": condense_experts(document), "experts_about": about}
     return last["cpu"]["family"], {"about": about, **condense(document, last["cpu"]["peaks"])}
 
 
@@ -92,6 +94,27 @@ def condense_linear(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         " ".join(map(str, key)): {"rows": sorted(gains), "gains": [gains[rows] for rows in sorted(gains)]}
         for key, gains in sorted(found.items())
+    }
+
+
+def condense_experts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the share of its roofline that each dispatch reached, by dtype and sizes, at the measured numbers of tokens.
+
+    A dtype is left out unless the table has every arm's rows, or a reason for each that is missing: prices of some dispatches
+    from the table and of others from a model would not compare.
+    """
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    broken = {row["parameters"]["dtype"] for row in document["rows"] for arm in row["arms"].values() if "error" in arm}
+    for row in document["rows"]:
+        at = row["parameters"]
+        for name, arm in row["arms"].items():
+            if "seconds" in arm and at["dtype"] not in broken:
+                share = float(arm["roofline"]) / float(arm["seconds"]["median"])
+                key = name, at["dtype"], at["experts"], at["top_k"], at["hidden"], at["inner"]
+                found.setdefault(key, {})[at["length"]] = float(f"{share:.3g}")
+    return {
+        " ".join(map(str, key)): {"tokens": sorted(shares), "shares": [shares[n] for n in sorted(shares)]}
+        for key, shares in sorted(found.items())
     }
 
 

@@ -33,12 +33,19 @@ class Kernel:
 
 
 def measure(
-    row: Row, kernels: Mapping[str, Kernel | str], settings: Settings, watch: Watch, *, useful_flops: float
+    row: Row,
+    kernels: Mapping[str, Kernel | str],
+    settings: Settings,
+    watch: Watch,
+    *,
+    useful_flops: float,
+    steps: int = 1,
 ) -> dict[str, Any]:
     """Measure the kernels of a row; one that is given as text is left out for that reason.
 
     Each arm gets seconds, `gflops` on what it visits, `useful_gflops` on what the row asks for, the share of this
-    machine's GEMM rate, and its largest difference from the first kernel.
+    machine's GEMM rate, and its largest difference from the first kernel. Where a call of an arm is several `steps` one after the
+    other, as those of a decode loop are, seconds are of one step, and so are the flops that are given.
     """
     torch.set_num_threads(settings.threads)
     release()
@@ -72,6 +79,7 @@ def measure(
             tick=watch.tick,
         )
     gemm_rate = GEMM_FLOPS / spreads.pop("gemm").median
+    spreads = {name: spread.scaled(1 / steps) for name, spread in spreads.items()}
     for name, spread in spreads.items():
         kernel = kernels[name]
         assert isinstance(kernel, Kernel)

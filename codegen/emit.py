@@ -22,6 +22,7 @@ _NATIVE = {
     "eff::pooled_blocks_v1": (native.PROBES, native.SCORES),
     "eff::vertical_slash_blocks_v1": (native.PROBES, native.SCORES),
     "eff::pages_v1": (native.PAGES,),
+    "eff::moe_v1": (native.EXPERTS,),
 }
 """Ops that run C++ kernels on CPU tensors, and the sources of those."""
 

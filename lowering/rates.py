@@ -1,9 +1,10 @@
-"""Look up how fast kernels were on a CPU: the tables that `eff bench attention-table linear-table --install` condensed.
+"""Look up how fast kernels were on a CPU: the tables that `eff bench attention-table linear-table moe-table --install` condensed.
 
 `rates.json` holds, for each family of CPUs, kernel, dtype and form of the mask, the share of the machine's GEMM rate that an
 attention kernel reaches on the pairs that it visits, at some lengths; between them the share is a power law of the length. The head
 dimension enters as a factor, measured at one length. A call takes `call + work / (share x GEMM rate)` seconds. Of linear layers it
-holds how many times as fast as torch's own the one on oneDNN is, at some numbers of rows.
+holds how many times as fast as torch's own the one on oneDNN is, at some numbers of rows; of dispatches of experts the share of
+their roofline (`moe/price.py`) that they reach, at some numbers of tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -80,8 +81,31 @@ class LinearGain:
 
 
 @dataclass(frozen=True)
+class ExpertRate:
+    """Hold the share of its roofline that a dispatch of experts reached, at numbers of tokens, for one layer's sizes."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    tokens: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def at(self, tokens: int) -> float:
+        """Return the share at a number of tokens; beyond the measured ones that of the nearest."""
+        return power_law(self.tokens, self.shares, tokens)
+
+    def distance(self, experts: int, top_k: int, hidden: int, inner: int) -> float:
+        """Return how far a layer's sizes are from the measured ones: the sum of the logarithms of their ratios."""
+        pairs = ((experts, self.experts), (top_k, self.top_k), (hidden, self.hidden), (inner, self.inner))
+        return sum(abs(math.log(one / other)) for one, other in pairs)
+
+
+@dataclass(frozen=True)
 class Rates:
     """Hold the curves of one family of CPUs, by (kernel, dtype, form), its GEMM rates, and gains of linear layers by dtype.
+
+    `experts` are the layers that a dispatch was measured on, by (dispatch, dtype).
 
     `gemm` is, by dtype, the share of the modelled peak that the machine's own GEMM reached; `about` says when, on what
     and with which torch it was measured.
@@ -92,6 +116,12 @@ class Rates:
     curves: Mapping[tuple[str, str, str], Curve]
     linear: Mapping[str, tuple[LinearGain, ...]]
     about: str
+    experts: Mapping[tuple[str, str], tuple[ExpertRate, ...]] = field(default_factory=dict)
+
+    def expert_rate(self, dispatch: str, dtype: str, sizes: tuple[int, int, int, int]) -> ExpertRate | None:
+        """Return the rate of the measured layer nearest to (experts, top_k, hidden, inner), or None where none was measured."""
+        layers = self.experts.get((dispatch, dtype))
+        return min(layers, key=lambda layer: layer.distance(*sizes)) if layers else None
 
     def linear_gain(self, rows: int, inputs: int, outputs: int, dtype: str) -> float | None:
         """Return the gain of the measured layer whose widths are nearest by ratio, or None where none was measured."""
@@ -144,7 +174,13 @@ def read(name: str, data: Mapping[str, Any]) -> Rates:
         dtype, inputs, outputs = key.split()
         made = LinearGain(int(inputs), int(outputs), tuple(value["rows"]), tuple(value["gains"]))
         linear[dtype] = (*linear.get(dtype, ()), made)
-    return Rates(name, dict(data.get("gemm", {})), curves, linear, str(data.get("about", "")))  # type: ignore[arg-type]
+    experts: dict[tuple[str, str], tuple[ExpertRate, ...]] = {}
+    for key, value in data.get("experts", {}).items():
+        dispatch, dtype, *sizes = key.split()
+        rate = ExpertRate(*map(int, sizes), tuple(value["tokens"]), tuple(value["shares"]))  # type: ignore[call-arg, arg-type]
+        experts[dispatch, dtype] = (*experts.get((dispatch, dtype), ()), rate)
+    about = str(data.get("about", ""))
+    return Rates(name, dict(data.get("gemm", {})), curves, linear, about, experts)  # type: ignore[arg-type]
 
 
 def attained(device: Device) -> Device:

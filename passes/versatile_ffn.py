@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +35,7 @@ class FoldVirtualExperts(Pass):
             edit = Editor(copy_graph(entry.graph))
             here = 0
             for result, wanted, found, (depth, eps) in list(_layers(edit.graph)):
-                x, *_, norm, gate, up, down = inputs_of(wanted, found)
+                x, _, _, norm, gate, up, down, *_ = inputs_of(wanted, found)
                 last, shares = (found[node] for node in wanted.outputs[1:])
                 operands = (x, last, shares, norm, gate, up, down, depth, eps)
                 with edit.before(result):
@@ -47,7 +47,9 @@ class FoldVirtualExperts(Pass):
         return PassResult(program, count > 0, (f"{count} VersatileFFN layers folded",) if count else ())
 
 
-Layer = tuple[fx.Node, Template, Found, tuple[int, float]]
+Epsilon = float | fx.Node
+"""A number, or the node of one that is an input of the graph: Dynamo makes a float so under `dynamic=True`."""
+Layer = tuple[fx.Node, Template, Found, tuple[int, Epsilon]]
 
 
 def _layers(graph: fx.Graph) -> Iterator[Layer]:
@@ -64,7 +66,7 @@ def _layers(graph: fx.Graph) -> Iterator[Layer]:
 
 
 def _layer(
-    graph: fx.Graph, routing: tuple[fx.Node, fx.Node, fx.Node], top_k: int, epsilons: list[float]
+    graph: fx.Graph, routing: tuple[fx.Node, fx.Node, fx.Node], top_k: int, epsilons: list[Epsilon]
 ) -> Iterator[Layer]:
     x, depth_router, width_router = routing
     sizes = (*_shape(depth_router)[:1], *_shape(width_router))
@@ -82,13 +84,12 @@ def _layer(
         if norm is None or down is None:
             continue
         for eps in epsilons:
+            given = (eps,) if isinstance(eps, fx.Node) else ()
 
-            def layer(
-                x: Tensor, d: Tensor, w: Tensor, *others: Tensor, eps: float = eps
-            ) -> tuple[Tensor, Tensor, Tensor]:
-                return op.written(x, d, w, *others, top_k, eps)  # type: ignore[call-arg, arg-type]
+            def layer(*tensors: Tensor, eps: Any = eps) -> tuple[Tensor, Tensor, Tensor]:
+                return op.written(*tensors[:7], top_k, tensors[7] if len(tensors) > 7 else eps)  # type: ignore[arg-type]
 
-            wanted = template(layer, x, depth_router, width_router, norm, gate, gate, down)
+            wanted = template(layer, x, depth_router, width_router, norm, gate, gate, down, *given)
             for node in graph.nodes:
                 if node.target != wanted.outputs[0].target:
                     continue
@@ -106,14 +107,18 @@ def _routed(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (x, weight) if isinstance(x, fx.Node) and isinstance(weight, fx.Node) else None
 
 
-def _epsilons(graph: fx.Graph) -> list[float]:
+def _epsilons(graph: fx.Graph) -> list[Epsilon]:
     """Return the numbers that are added to a mean."""
     found = [
         node.args[1]
         for node in graph.nodes
         if op_name(node) == "add" and isinstance(node.args[0], fx.Node) and op_name(node.args[0]) == "mean"
     ]
-    return list(dict.fromkeys(value for value in found if isinstance(value, float)))
+    return list(dict.fromkeys(value for value in found if isinstance(value, float) or _is_number(value)))
+
+
+def _is_number(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymFloat)
 
 
 def _shape(node: object) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ ARMS = {  # name: (experts implementation, backend of torch.compile or None)
     "eff-prepared": ("eff", "eff"),
 }
 FETCHED = 2e9  # bytes of weights that batched products may fetch
-INPUTS = 8  # a decode step hardly meets the experts of the step before
+INPUTS = 8  # steps of a timed call of few tokens; a step hardly meets the experts of the step before
 
 
 def _mixtral() -> tuple[nn.Module, Any]:
@@ -99,7 +98,8 @@ class MoE(Case):
     adds_arms: ClassVar[bool] = True
     about: ClassVar[str] = (
         "Blocks of transformers with random weights and routing, the shapes of each family scaled to a CPU; `length` is "
-        "tokens, and eight inputs take turns, so that a step meets other experts than the one before. eager: transformers' "
+        "tokens; a timed call of few tokens is eight steps in a row on eight inputs, as a decode loop makes them, and its time is "
+        "that of one step. eager: transformers' "
         "loop over experts. grouped-inductor, batched-inductor: its grouped_mm and batched_mm under torch.compile. "
         "eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare. gshard: two choices a token over "
         "16 experts with a capacity, in one-hot einsums; loop-inductor is these einsums under torch.compile."
@@ -128,14 +128,8 @@ class MoE(Case):
         """Measure all arms on one block."""
         torch._dynamo.reset()
         tokens, form, dtype = int(row.parameters["length"]), str(row.parameters["form"]), str(row.parameters["dtype"])
-        torch.manual_seed(0)
-        block, config = BLOCKS[form]()
-        _fill(block)
-        block = block.eval().to(dtype=getattr(torch, dtype), device=settings.device)
-        inputs = [
-            seeded((1, tokens, config.hidden_size), dtype, settings.device, seed)
-            for seed in range(INPUTS if tokens < 64 else 1)
-        ]
+        block, inputs = build(form, tokens, dtype, settings.device)
+        _, config = BLOCKS[form]()
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         slot = (2 if form == EINSUM else 3) * config.hidden_size * inner
         slots = tokens * config.num_experts_per_tok
@@ -149,11 +143,22 @@ class MoE(Case):
             if ARMS[name][0] == "batched_mm" and fetched > FETCHED:
                 kernels[name] = f"it would fetch {fetched / 1e9:.0f} GB of weights"
                 continue
-            kernels[name] = Kernel(lambda name=name: _call(block, inputs, *ARMS[name]), 2.0 * slots * slot)
+            kernels[name] = Kernel(lambda name=name: call(block, inputs, *ARMS[name]), 2.0 * slots * slot)
         from torch._dynamo import config as dynamo
 
         with dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-            return [table_case.measure(row, kernels, settings, watch, useful_flops=2.0 * slots * slot)]
+            flops = 2.0 * slots * slot
+            return [table_case.measure(row, kernels, settings, watch, useful_flops=flops, steps=len(inputs))]
+
+
+def build(form: str, tokens: int, dtype: str, device: str) -> tuple[nn.Module, list[Tensor]]:
+    """Return a block with random weights, and its inputs `[1, T, H]`: several where tokens are few."""
+    torch.manual_seed(0)
+    block, config = BLOCKS[form]()
+    _fill(block)
+    block = block.eval().to(dtype=getattr(torch, dtype), device=device)
+    count = INPUTS if tokens < 64 else 1
+    return block, [seeded((1, tokens, config.hidden_size), dtype, device, seed) for seed in range(count)]
 
 
 def block_width(dtype: str) -> int:
@@ -169,7 +174,7 @@ def _fill(block: nn.Module) -> None:
         nn.init.zeros_(buffer)
 
 
-def _call(block: nn.Module, inputs: Sequence[Tensor], implementation: str, backend: str | None) -> Callable[[], Tensor]:
+def call(block: nn.Module, inputs: Sequence[Tensor], implementation: str, backend: str | None) -> Callable[[], Tensor]:
     """Return a call of a copy of the block, which has weights and a configuration of its own."""
     import effcompile as eff
 
@@ -181,13 +186,12 @@ def _call(block: nn.Module, inputs: Sequence[Tensor], implementation: str, backe
     if implementation == "eff":
         eff.prepare(own)
     run: Callable[..., Any] = own if backend is None else torch.compile(own, backend=backend, dynamic=False)
-    turns = itertools.cycle(inputs)
 
-    def call() -> Tensor:
-        found = run(next(turns))
+    def steps() -> Tensor:
+        for x in inputs:
+            found = run(x)
         result: Tensor = found[0] if isinstance(found, tuple) else found
         return result
 
-    first = [call() for _ in inputs]  # compile, and let the turn come back to the first input
-    del first
-    return call
+    steps()  # compile
+    return steps

@@ -91,7 +91,9 @@ def _hardware() -> Iterable[Check]:
         f"none of {family(cpu)}: kernels are chosen by a cost model, linear layers stay with torch"
         if rates is None
         else f"measured: {rates.about}",
-        "in a checkout: eff bench attention-table linear-table && eff bench --install" if rates is None else "",
+        "in a checkout: eff bench attention-table linear-table moe-table && eff bench --install"
+        if rates is None
+        else "",
     )
     if not torch.cuda.is_available():
         yield Check("gpu", "missing", "torch sees none; explain and plan work for every target without one")

@@ -36,6 +36,9 @@ _FILES = {
     EXPERTS: ("amx.h", "moe_tiles.h", "moe_pairs.h", "moe_rows.h", "moe.cpp"),
 }
 """The files of a source in `cpp/` behind `registers.h`, where they are not `tiles.h` and one of its own name."""
+_JOINED = {EXPERTS: ("moe_op.cpp", "eff_moe_join", "eff_moe")}
+"""Sources whose kernel torch's dispatcher calls without Python in between: a file that is built with torch's headers, the function
+in it to call, and the kernel whose address that gets. Where it cannot be built the op's body in Python calls the kernel."""
 _LOCK = threading.Lock()
 
 
@@ -73,11 +76,15 @@ def _built(source: str) -> ctypes.CDLL | None:
         kernel = getattr(found, name)
         kernel.restype = None
         kernel.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p, *[ctypes.c_float] * floats]
+    if source in _JOINED:
+        file, join, name = _JOINED[source]
+        if (way := build(file, headers=True)) is not None:
+            getattr(way, join)(ctypes.cast(getattr(found, name), ctypes.c_void_p))
     return found
 
 
-def build(*files: str) -> ctypes.CDLL | None:
-    """Compile and load files of `cpp/`, joined to one source; None where that cannot be done well.
+def build(*files: str, headers: bool = False) -> ctypes.CDLL | None:
+    """Compile and load files of `cpp/`, joined to one source; None where that cannot be done well. `headers`: linked with torch.
 
     Warns where the compiler refuses the source: the compositions that stand in are right, but slower.
     """
@@ -88,8 +95,13 @@ def build(*files: str) -> ctypes.CDLL | None:
     if not pick_vec_isa():
         return None
     folder = resources.files("effcompile.ops").joinpath("cpp")
+
+    class Linked(CppCodeCache):
+        cpp_compile_command_flags = {"include_pytorch": True}  # noqa: RUF012
+
     try:
-        return CppCodeCache.load("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in files))  # type: ignore[no-any-return]
+        source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in files)
+        return (Linked if headers else CppCodeCache).load(source)  # type: ignore[no-any-return]
     except exc.InvalidCxxCompiler:
         return None
     except (exc.InductorError, exc.CppCompileError, OSError, RuntimeError) as error:

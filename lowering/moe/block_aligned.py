@@ -2,7 +2,7 @@
 
 Slots are put into blocks of rows that one expert multiplies; the first product gathers the rows and applies the gate, the second
 weighs its rows and scatters them (codegen/triton/moe.py). No host reads a count, so that a CUDA graph can hold it. The kernels were
-checked in an interpreter and compiled for each chip, and never timed on one: `eff bench gpu-moe` does, and `make gpu` checks them there.
+checked in an interpreter and compiled for each chip, and never timed on one: `eff bench gpu-moe` times them there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Price the dispatches of experts: arithmetic at a share of the chip's rate, against the bytes that have to move.
 
-All shares are modelled: no table of measured blocks is read yet (bench/cases/moe.py measures them). A decode step is
-bound by the weights of the distinct experts that its tokens hit: under even routing E (1 - (1 - k/E)^T) of them, an upper
-estimate.
+On a CPU whose family is in the package's table (`eff bench moe-table --install`) a time is what the roofline of a dispatch leaves
+at the share of it that was measured, on the layer nearest in size. Elsewhere, and in a dtype of which only some dispatches were
+measured, all shares are modelled. A decode step is bound by the weights of the distinct experts that its tokens hit: under even
+routing E (1 - (1 - k/E)^T) of them, an upper estimate.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 from effcompile.core.density import NOMINAL
 from effcompile.core.experts import MoESite
 from effcompile.core.kernel import Supported
-from effcompile.core.target import Target, element_bytes
+from effcompile.core.target import Device, Target, element_bytes
+from effcompile.lowering.rates import rates_of
 
+NEAR = 3.5
+"""Distance of sizes (logarithms of four ratios) up to which a layer counts as measured: each size off by 2.4 times, for example."""
 SHARES = {"fused": 0.75, "block-aligned": 0.5, "grouped": 0.5, "batched": 0.3, "dense": 0.6, "loop": 0.4}
 """Of the chip's peak, by dispatch."""
 _TRAFFIC = {"fused": 1.0, "block-aligned": 1.0, "grouped": 1.0, "batched": 3.0, "dense": 1.0, "loop": 1.0}
@@ -38,8 +42,37 @@ def weights(site: MoESite) -> int:
     return (3 if site.gated else 2) * site.hidden * site.inner
 
 
+def roofline(name: str, site: MoESite, device: Device) -> float:
+    """Return the seconds that a dispatch's products, or reading the weights that it reads, take at the rates of a device."""
+    slots = tokens(site) * site.top_k
+    rows = tokens(site) * site.experts if name == "dense" else slots
+    kinds = {"dense": float(site.experts), "batched": float(slots)}
+    moved = kinds.get(name, distinct(site)) * weights(site) * element_bytes(site.dtype)
+    return max(2.0 * rows * weights(site) / _peak(site, device), moved / device.memory_bandwidth)
+
+
 def price(name: str, site: MoESite, target: Target) -> Supported:
-    """Return the seconds of a dispatch, modelled."""
+    """Return the seconds of a dispatch, measured where the table has this CPU and the site's dtype."""
+    found = _measured(name, site, target.device)
+    return _modelled(name, site, target) if found is None else found
+
+
+def _measured(name: str, site: MoESite, device: Device) -> Supported | None:
+    """Return the seconds that the table gives; measured ones lie near a measured layer, between its numbers of tokens."""
+    rates, sizes = rates_of(device), (site.experts, site.top_k, site.hidden, site.inner)
+    rate = None if rates is None else rates.expert_rate(name, site.dtype, sizes)
+    if rate is None:
+        return None
+    near = rate.distance(*sizes) <= NEAR and rate.tokens[0] <= tokens(site) <= rate.tokens[-1]
+    seconds = roofline(name, site, device) / rate.at(tokens(site))
+    return Supported(seconds, "measured" if near else "modelled")
+
+
+def _peak(site: MoESite, device: Device) -> float:
+    return device.peak(site.dtype if device.supports(site.dtype) else "float32")
+
+
+def _modelled(name: str, site: MoESite, target: Target) -> Supported:
     device, count = target.device, tokens(site)
     slots = count * site.top_k
     rows = count * site.experts if name == "dense" else slots
@@ -47,7 +80,6 @@ def price(name: str, site: MoESite, target: Target) -> Supported:
     kinds = {"dense": float(site.experts), "batched": float(slots)}
     moved = kinds.get(name, distinct(site)) * weights(site) * wide * _TRAFFIC[name]
     moved += _ROWS[name] * rows * (site.hidden + site.inner) * wide
-    peak = device.peak(site.dtype if device.supports(site.dtype) else "float32")
-    compute = 2.0 * rows * weights(site) / (peak * SHARES[name])
+    compute = 2.0 * rows * weights(site) / (_peak(site, device) * SHARES[name])
     calls = 12.0 * distinct(site) if name == "loop" else _CALLS[name]
     return Supported(max(compute, moved / device.memory_bandwidth) + calls * device.call_overhead)

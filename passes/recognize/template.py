@@ -36,10 +36,13 @@ Found = Mapping[fx.Node, fx.Node]
 
 
 def template(function: Callable[..., Any], *operands: fx.Node) -> Template:
-    """Trace a function of tensors on the fake values of nodes, in the form that a captured graph has."""
+    """Trace a function of tensors and symbolic numbers on the fake values of nodes, in the form that a captured graph has."""
     with fake_mode_of(operands[0].graph) or nullcontext():
         # One node may stand for two operands; the tracer tells operands apart by their identity.
-        module = make_fx(function, pre_dispatch=True)(*(node.meta["val"].detach() for node in operands))
+        values = [node.meta["val"] for node in operands]
+        module = make_fx(function, pre_dispatch=True)(
+            *(value.detach() if isinstance(value, torch.Tensor) else value for value in values)
+        )
     program = Program((Entry("template", module, ()),))
     graph = RemoveIdentities().run(program, Plan.single("cpu")).program.entries[0].graph.graph
     inputs = tuple(node for node in graph.nodes if node.op == "placeholder")

@@ -38,6 +38,8 @@ NAMES = {
     "linear-table",
     "minilm",
     "moe",
+    "moe-memory",
+    "moe-table",
     "peak-memory",
     "smollm2-decode",
     "smollm2-prefill",

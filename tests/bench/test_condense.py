@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.condense import INSTALLED, TABLES, curve, install_tables, measured, tables
+from bench.condense import INSTALLED, curve, install_tables, measured, tables
 from bench.run import RESULTS
 from effcompile.core.errors import EffError
 from effcompile.lowering.rates import read
 
-STORED = tables(TABLES, RESULTS)
+STORED = tables((), RESULTS)
 
 
 @pytest.mark.parametrize("at", range(len(STORED)))

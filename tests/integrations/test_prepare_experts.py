@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +128,23 @@ def test_a_dry_run_names_an_unprepared_loop_and_what_mends_it() -> None:
     assert {row.dispatch for row in found.experts} <= {"batched", "grouped", "dense", "loop"}
     assert "E=4 H=32 I=24" in str(found)
     assert found.to_json()["experts"][0]["router"] == "softmax, top 2, renormalized"
+
+
+@pytest.mark.slow
+def test_the_block_of_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = [part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if '"moe": "all"' in part]
+    model, plain = mixtral(), mixtral()
+    names = list(model.state_dict())
+    space = {"torch": torch, "eff": eff, "model": model}
+    torch._dynamo.reset()
+    exec(compile(block, "README.md", "exec"), space)
+    with torch.no_grad():
+        found = space["fast"](IDS, use_cache=False).logits
+        wanted = plain(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names
+    assert len(eff.report()["graphs"][-1]["experts"]) == 2
 
 
 def test_an_unknown_dispatch_is_an_error_with_the_near_match() -> None:

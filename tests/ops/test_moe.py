@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from effcompile import ops
 from effcompile.core.errors import EffError
 from effcompile.core.experts import ACTS, LAYOUTS, Gate
-from effcompile.ops import moe, native_moe
+from effcompile.ops import moe, native, native_moe
 from tests.support import experts as support
 
 ops.register()
@@ -33,6 +33,28 @@ def bodies(given: support.Experts) -> list[torch.Tensor]:
     if native_moe.takes(given.x):
         found.append(native_moe.run(given.call))
     return found
+
+
+def test_the_dispatcher_calls_the_kernel_without_python_and_the_body_takes_the_rest() -> None:
+    """What the kernel reads as it is goes to it in C++; other layouts and wrong operands go to the body in Python."""
+    if native.library(native.EXPERTS) is None:
+        pytest.skip("no C++ compiler")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("eff::moe_v1", "CPU")
+    made = support.make(9, 16, 24, 4, 2)
+    exact = support.oracle(made)
+    x, ids, weights, w1, b1, w2, b2, *gate = made.args
+    wide = torch.stack([w1, w1], -1)[..., 0]  # rows that are not dense
+    for args in (
+        (x, ids, weights, w1, b1, w2, b2),
+        (x.t().contiguous().t(), ids.int(), weights.double(), wide, b1, w2, b2),
+        (x, ids, weights, w1.transpose(1, 2).contiguous().transpose(1, 2), b1, w2, b2),
+    ):
+        assert support.error(torch.ops.eff.moe_v1(*args, *gate), exact) < 1e-5
+    assert torch.ops.eff.moe_v1(x[:0], ids[:0], weights[:0], w1, b1, w2, b2, *gate).shape == (0, 16)
+    with pytest.raises(EffError, match="EFF-M201"):
+        torch.ops.eff.moe_v1(x, ids, weights, w1, b1, w2[:, :8], b2, *gate)
+    with pytest.raises(EffError, match="EFF-M202"):
+        torch.ops.eff.moe_v1(x, ids, weights, w1, b1, w2, b2, "tanh", *gate[1:])
 
 
 @settings(max_examples=60, deadline=None)

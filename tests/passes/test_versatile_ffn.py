@@ -91,6 +91,20 @@ def test_a_compiled_layer_takes_any_number_of_tokens() -> None:
     assert "fold-virtual-experts: 1 VersatileFFN layers folded" in graphs[0]["notes"]
 
 
+@pytest.mark.parametrize("emit", ["interpreter", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_layer_is_found_where_its_epsilon_is_an_input_of_the_graph(emit: str) -> None:
+    """Under `dynamic=True` Dynamo makes a number of the module an input; another number compiles nothing anew and is read."""
+    made = layer()
+    torch._dynamo.reset()
+    fast = torch.compile(made, backend="eff", dynamic=True, options={"emit": emit, "strict": True})
+    with torch.no_grad():
+        for shape in ((2, 7), (3, 5)):
+            torch.testing.assert_close(fast(tokens(*shape)), made(tokens(*shape)), rtol=1e-4, atol=1e-5)
+        assert "fold-virtual-experts: 1 VersatileFFN layers folded" in eff.report()["graphs"][-1]["notes"]
+        made.norm.eps = 0.5
+        torch.testing.assert_close(fast(tokens(2, 7)), made(tokens(2, 7)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("loops", ["few", "all", "mixed"])
 def test_spellings_and_the_op_agree(depth: int, loops: str) -> None:

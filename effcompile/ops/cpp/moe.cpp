@@ -111,7 +111,7 @@ void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, co
     space += p.inner * (many <= FEW ? many : up(many, PANEL));
   }
   // Few groups are cut along the inner rows, so that all threads have work; many tokens of one expert are cut into chunks.
-  const int64_t cuts = std::max<int64_t>(1, (3 * p.threads + static_cast<int64_t>(groups.size()) - 1) / std::max<int64_t>(1, groups.size()));
+  const int64_t cuts = std::max<int64_t>(1, (6 * p.threads + static_cast<int64_t>(groups.size()) - 1) / std::max<int64_t>(1, groups.size()));
   std::vector<Task> tasks;
   for (size_t g = 0; g < groups.size(); ++g) {
     const int64_t step = groups[g].rows ? groups[g].count : CHUNK * PANEL;

@@ -147,6 +147,144 @@ def test_two_choices_of_one_place_are_added_before_they_are_compared() -> None:
             assert torch.equal(made, wanted)
 
 
+def spelled(send: str, back: str, gate: Callable[..., Any] = top2) -> Callable[..., Tensor]:
+    """Return the layer with its two products in other words."""
+
+    def run(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        combine, dispatch = gate(logits, 5)
+        dispatch, combine = dispatch.type_as(x), combine.type_as(x)
+        tokens, experts, places = dispatch.shape
+        sent = {
+            "matmul": lambda: dispatch.permute(1, 2, 0) @ x,
+            "flat": lambda: (dispatch.flatten(1).t() @ x).view(experts, places, M),
+            "turned": lambda: dispatch.permute(1, 2, 0).reshape(-1, tokens) @ x,
+            "bmm": lambda: torch.bmm(dispatch.permute(1, 2, 0), x.expand(experts, tokens, M)),
+            "unsqueezed": lambda: torch.bmm(dispatch.permute(1, 2, 0), x.unsqueeze(0).expand(experts, -1, -1)),
+            "tensordot": lambda: torch.tensordot(dispatch, x, dims=([0], [0])),
+            "letters": lambda: torch.einsum("ted,tm->edm", dispatch, x),
+            "swapped": lambda: torch.einsum("sm,ecs->ecm", x, dispatch.permute(1, 2, 0)),
+        }[send]()
+        y = sent.reshape(experts, places, M)
+        y = torch.bmm(torch.bmm(y, w1).relu(), w2)
+        made: Tensor = {
+            "matmul": lambda: combine.view(tokens, -1) @ y.view(-1, M),
+            "flat": lambda: torch.mm(combine.flatten(1), y.reshape(experts * places, M)),
+            "tensordot": lambda: torch.tensordot(combine, y, 2),
+            "bmm": lambda: torch.bmm(combine.permute(1, 0, 2), y).sum(0),
+            "letters": lambda: torch.einsum("ecm,ces->sm", y, combine.permute(2, 1, 0)),
+        }[back]()
+        return made
+
+    return run
+
+
+def choices(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Both choices in one tensor, and a sum over them inside the product."""
+    shares, ids = logits.softmax(-1).topk(2, -1)
+    hot = F.one_hot(ids, E)
+    flat = hot.transpose(0, 1).reshape(-1, E)
+    places = ((flat.cumsum(0) - 1) * flat).sum(1).view(2, -1).t()
+    kept = hot * (places < capacity)[..., None]
+    rows = F.one_hot(places.clamp(max=capacity - 1), capacity).float()
+    combine = torch.einsum("sk,ske,skc->sec", shares, kept.to(shares), rows.to(shares))
+    return combine, combine > 0
+
+
+def broadcast(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The same by broadcasting, in the order [S, C, E]."""
+    shares, ids = logits.softmax(-1).topk(2, -1)
+    places = torch.stack([torch.arange(len(logits)) % capacity, (torch.arange(len(logits)) + 1) % capacity], 1)
+    experts = shares[..., None] * F.one_hot(ids, E).float()
+    product = (F.one_hot(places, capacity).float()[..., None] * experts[:, :, None, :]).sum(1)
+    return product.transpose(1, 2), product.transpose(1, 2).bool()
+
+
+def turned_rows(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """One-hot rows as columns, and [E, S, C] in between."""
+    hot = F.one_hot(logits.argmax(1), E)
+    places = ((hot.cumsum(0) - 1) * hot).sum(1)
+    kept = (hot * (places < capacity)[:, None]).float().t()
+    rows = F.one_hot(places.clamp(max=capacity - 1), capacity).float()
+    combine = torch.einsum("es,sc->esc", kept, rows).transpose(0, 1)
+    return combine, combine.bool()
+
+
+@pytest.mark.parametrize(
+    ("send", "back", "gate"),
+    [
+        ("matmul", "matmul", top2),
+        ("flat", "flat", top2),
+        ("turned", "bmm", top1),
+        ("bmm", "tensordot", top2),
+        ("unsqueezed", "letters", top2),
+        ("tensordot", "matmul", top1),
+        ("letters", "bmm", choices),
+        ("swapped", "flat", choices),
+        ("matmul", "letters", broadcast),
+        ("bmm", "matmul", turned_rows),
+    ],
+)
+def test_other_spellings_and_layouts_are_read(send: str, back: str, gate: Any) -> None:
+    run = spelled(send, back, gate)
+    found = recognized(run, *operands(33))
+    (site,) = found.sites
+    assert not found.missed
+    assert (site.tokens, site.experts, site.capacity, site.hidden) == (33, E, 5, M)
+    assert site.top_k == (1 if gate in (top1, turned_rows) else 2)
+    graph = lowered(found)
+    shapes = [sorted(node.meta["val"].shape) for node in graph.graph.nodes if hasattr(node.meta.get("val"), "shape")]  # type: ignore[attr-defined]
+    assert sorted((33, E, 5)) not in shapes
+    for seed in range(3):
+        args = operands(33, seed, 3.0 * seed)
+        wanted = run(*args)
+        for made in (found.program.entries[0].graph(*args), graph(*args)):
+            assert support.error(made, run(*(t.double() for t in args))) < 1e-5
+            assert torch.equal((made == 0).all(1), (wanted == 0).all(1)), "other tokens were dropped"
+
+
+def test_a_factor_of_experts_alone_keeps_the_source() -> None:
+    def run(x: Tensor, logits: Tensor, scale: Tensor) -> Tensor:
+        hot, rows = F.one_hot(logits.argmax(1), E).float(), F.one_hot(torch.arange(9) % 5, 5).float()
+        combine = torch.einsum("se,sc,e->sec", hot, rows, scale)
+        y = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
+        return torch.einsum("sec,ecm->sm", combine, y)
+
+    args = (torch.randn(9, M), torch.randn(9, E), torch.rand(E))
+    found = recognized(run, *args)
+    assert [item.refusal.code for item in found.missed] == ["EFF-M107"]
+    torch.testing.assert_close(found.program.entries[0].graph(*args), run(*args))
+
+
+NEAR_MISSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "tokens of their own": lambda x, c, d: torch.bmm(d.permute(1, 2, 0), torch.stack([x, x, x, 2 * x])),
+    "one dimension of three": lambda x, c, d: d.permute(1, 2, 0).softmax(-1) @ x,
+    "another row order": lambda x, c, d: d.permute(1, 2, 0) @ x.flip(0),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_of_matrix_products_stay_or_stay_right(name: str) -> None:
+    def run(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        combine, dispatch = top2(logits, 5)
+        y = NEAR_MISSES[name](x, combine, dispatch.type_as(x))
+        return combine.flatten(1) @ y.reshape(-1, M)
+
+    args = operands(17)
+    found = recognized(run, *args)
+    assert len(found.sites) == (name == "another row order")
+    torch.testing.assert_close(found.program.entries[0].graph(*args), run(*args))
+
+
+def test_ordinary_products_beside_one_hot_rows_are_no_mixture() -> None:
+    def run(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        rows = F.one_hot(ids, M).float()  # [1, S, M]
+        return (x + rows).view(-1, M) @ w
+
+    found = recognized(run, torch.randn(1, 1, M), torch.zeros(1, 1, dtype=torch.int64), torch.randn(M, H))
+    assert not found.sites
+    assert not found.missed
+
+
 def soft_places(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     mask = F.one_hot(logits.argmax(1), E).float()
     places = torch.linspace(0, 1, capacity).expand(logits.shape[0], capacity) + mask.sum(1, keepdim=True)
