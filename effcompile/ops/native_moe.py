@@ -8,6 +8,8 @@ from torch import Tensor
 from effcompile.core.experts import ACTS, ExpertsCall
 from effcompile.ops import native
 
+FEW_ROWS = 128
+"""Rows of tokens up to which `add_swiglu` was seen to beat three products of the BLAS."""
 _LAYOUTS = ("none", "concat", "interleaved")  # numbered as in C++
 
 
@@ -29,10 +31,28 @@ def run(given: ExpertsCall[Tensor]) -> Tensor:
     b1, b2 = (None if b is None else b.contiguous() for b in (given.b1, given.b2))
     sizes = [x.shape[0], ids.shape[1], w1.shape[0], x.shape[1], inner]
     sizes += [ACTS.index(given.act), _LAYOUTS.index(given.layout), given.side == "in"]
-    sizes += [turned1, turned2, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2]]
-    operands = (x, ids, share, w1, b1, w2, b2, out)
+    sizes += [turned1, turned2, torch.get_num_threads(), *w1.stride()[:2], *w2.stride()[:2], 0]
+    operands = (x, ids, share, w1, b1, w2, b2, out, None)
     native.call(native.EXPERTS, "eff_moe", x.dtype, sizes, operands, given.alpha, given.beta, given.limit)
     return out
+
+
+def adds(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Tell whether `add_swiglu` runs on these tensors: float32 on CPU, weights with dense rows, those of gate and up alike."""
+    dense = all(t.stride(-1) == 1 for t in (gate, up, down)) and gate.stride() == up.stride()
+    return x.dtype == torch.float32 and dense and takes(x, gate, up, down)
+
+
+def add_swiglu(out: Tensor, x: Tensor, ids: Tensor, share: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Add share[t, j] * down_e(silu(gate_e x[t]) * (up_e x[t])), e = ids[t, j], to out[t]; ids outside [0, E) add nothing.
+
+    out and x `[T, H]`, ids (int64) and share (float32) `[T, k]`, all contiguous; gate and up `[E, I, H]` with
+    equal strides, down `[E, H, I]`.
+    """
+    sizes = [x.shape[0], ids.shape[1], gate.shape[0], x.shape[1], gate.shape[1], ACTS.index("silu")]
+    sizes += [_LAYOUTS.index("concat"), 0, 0, 0, torch.get_num_threads(), *gate.stride()[:2], *down.stride()[:2], 1]
+    operands = (x, ids, share, gate, None, down, None, out, up)
+    native.call(native.EXPERTS, "eff_moe", x.dtype, sizes, operands, 1.0, 0.0, 0.0)
 
 
 def _as_it_lies(weight: Tensor, transposed: bool) -> tuple[Tensor, bool]:

@@ -1,7 +1,8 @@
 """Define `eff::unequal_experts_v1`: a large feed-forward layer for some tokens, a small one for others, none for the rest.
 
 Duo-LLM's layers (arXiv:2410.10846): y[t] = F_c(x[t]), c = choice[t]: 0 the large one, 1 the small one, else 0. Both are SwiGLU
-without bias, of different inner widths. The reference way runs both on every token and masks; the op runs each on its own tokens.
+without bias, of different inner widths. The reference way runs both on every token and masks; the op runs each on its own tokens,
+a few of them by the C++ kernel of experts, which neither moves them nor asks the BLAS for products of a few rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effcompile.core.errors import EffError
+from effcompile.ops import native_moe
 from effcompile.ops.attention import define
 
 NAME = "eff::unequal_experts_v1"
@@ -42,13 +44,21 @@ def unequal_experts(
         EffError: EFF-M210 for shapes that do not fit each other.
     """
     check(x, choice, gate0, up0, down0, gate1, up1, down1)
-    flat, picked = x.reshape(-1, x.shape[-1]), choice.reshape(-1)
+    flat, picked = x.reshape(-1, x.shape[-1]).contiguous(), choice.reshape(-1)
+    layers = ((gate0, up0, down0), (gate1, up1, down1))
+    chosen = [picked == number for number in range(2)]
+    counts = [int(mask.sum()) for mask in chosen]
     out = torch.zeros(flat.shape, dtype=x.dtype, device=x.device)
-    for number, layer in enumerate(((gate0, up0, down0), (gate1, up1, down1))):
-        tokens = (picked == number).nonzero().squeeze(1)
-        if len(tokens) == len(flat):
+    for mask, count, layer in zip(chosen, counts, layers):
+        if count == len(flat):
             return swiglu(flat, *layer).reshape(x.shape)
-        if len(tokens):
+        if not count:
+            continue
+        if count <= native_moe.FEW_ROWS and native_moe.adds(flat, *layer):
+            ids, share = torch.where(mask, 0, -1)[:, None], flat.new_ones((len(flat), 1))
+            native_moe.add_swiglu(out, flat, ids, share, *(weight[None] for weight in layer))
+        else:
+            tokens = mask.nonzero().squeeze(1)
             out.index_copy_(0, tokens, swiglu(flat[tokens], *layer))
     return out.reshape(x.shape)
 

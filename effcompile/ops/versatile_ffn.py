@@ -6,16 +6,20 @@ has after its own number of loops. The wide one takes slices of the inner width 
 
 `written` is how the layer is spelled in a graph of fixed shapes: all loops and all experts for every token. The op computes the
 same up to rounding with less: a token runs its own loops only, and since expert e's hidden is slice e of what the first loop
-computes, all experts together are one more product with W2 (arXiv:2512.14531 describes the layer; the rewrite is ours).
+computes, all experts together are one more product with W2; a few tokens run slices of their own, by the kernel of experts
+(arXiv:2512.14531 describes the layer; the rewrite is ours).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from effcompile.core.errors import EffError
+from effcompile.ops import native_moe
 from effcompile.ops.attention import define
 
 NAME = "eff::versatile_ffn_v1"
@@ -96,6 +100,10 @@ def versatile_ffn(
     # running[l]: how many tokens run loop l + 1.
     running = [sum(counts[loop + 1 :]) for loop in range(depth)]
     state = flat[order]
+    if len(flat) <= native_moe.FEW_ROWS and len(flat) and native_moe.adds(state, gate, up, down):
+        share = shares.reshape(-1, shares.shape[-1])[order]
+        made = _few(state, loops, running, share, norm, gate, up, down, eps)
+        return torch.empty_like(made).index_copy_(0, order, made).reshape(x.shape)
     inner = _inner(state, norm, gate, up, eps)
     skipped = counts[depth]  # lam is 0 where a token runs all loops: it has no wide path
     share = shares.reshape(-1, shares.shape[-1])[order[skipped:]]
@@ -111,6 +119,46 @@ def versatile_ffn(
     lam = ((depth - loops[skipped:]) / depth).to(x.dtype)[:, None]
     state[skipped:] = (1 - lam) * state[skipped:] + lam * wide
     return torch.empty_like(state).index_copy_(0, order, state).reshape(x.shape)
+
+
+def _few(
+    state: Tensor,
+    loops: Tensor,
+    running: Sequence[int],
+    share: Tensor,
+    norm: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+) -> Tensor:
+    """Compute the same of a few tokens `[T, C]`, sorted by their loops, with the kernel of experts.
+
+    One loop is a mixture of one expert; the wide path one of slices, of which a token runs those that it has.
+    """
+    depth, count = len(running), share.shape[1]
+    ids, ones = torch.zeros((len(state), 1), dtype=torch.int64), state.new_ones((len(state), 1))
+    n = normalized(state, norm, eps)
+    skipped = running[-1]  # lam is 0 where a token runs all loops: it has no wide path
+    rest = share[skipped:]
+    wide = state[skipped:] * rest.sum(1, keepdim=True)
+    most = int((rest != 0).sum(1).max()) if len(rest) else 0
+    if most:
+        which = rest.abs().topk(most, 1).indices
+        part = rest.gather(1, which)
+        slices = [weight.unflatten(0, (count, -1)) for weight in (gate, up)]
+        columns = down.unflatten(1, (count, -1)).transpose(0, 1)
+        which = torch.where(part != 0, which, -1)
+        native_moe.add_swiglu(wide, n[skipped:], which, part.contiguous(), *slices, columns)
+    for loop, tokens in enumerate(running):
+        if not tokens:
+            break
+        n = n if loop == 0 else normalized(state[:tokens], norm, eps)
+        whole = (weight[None] for weight in (gate, up, down))
+        native_moe.add_swiglu(state[:tokens], n, ids[:tokens], ones[:tokens], *whole)
+    lam = ((depth - loops[skipped:]) / depth).to(state.dtype)[:, None]
+    state[skipped:] = (1 - lam) * state[skipped:] + lam * wide
+    return state
 
 
 def _inner(x: Tensor, norm: Tensor, gate: Tensor, up: Tensor, eps: float) -> Tensor:

@@ -57,6 +57,23 @@ def test_the_dispatcher_calls_the_kernel_without_python_and_the_body_takes_the_r
         torch.ops.eff.moe_v1(x, ids, weights, w1, b1, w2, b2, "tanh", *gate[1:])
 
 
+@pytest.mark.parametrize(("tokens", "hidden", "inner", "experts", "top_k"), [(1, 32, 48, 1, 1), (40, 48, 96, 3, 2)])
+def test_gates_and_their_other_halves_may_be_tensors_of_their_own(
+    tokens: int, hidden: int, inner: int, experts: int, top_k: int
+) -> None:
+    made = support.make(tokens, hidden, inner, experts, top_k)
+    made.ids[0, 0] = -1
+    gate, up = (half.contiguous() for half in made.w1.chunk(2, 1))
+    if not native_moe.adds(made.x, gate, up, made.w2):
+        pytest.skip("no C++ compiler")
+    before = torch.randn(tokens, hidden)
+    out = before.clone()
+    native_moe.add_swiglu(out, made.x, made.ids, made.weights, gate, up, made.w2)
+    assert support.error(out, before.double() + support.oracle(made)) < 1e-5
+    apart = torch.stack([gate, gate], 1)[:, 0]
+    assert not native_moe.adds(made.x, apart, up, made.w2) or experts == 1, "strides differ"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.sampled_from([0, 1, 2, 9, 17, 70, 130]),

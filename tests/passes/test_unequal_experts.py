@@ -14,6 +14,7 @@ from effcompile import ops
 from effcompile.core.errors import EffError
 from effcompile.core.plan import Plan
 from effcompile.models.duo import LARGE, SKIP, SMALL, Duo, DuoConfig, DuoFFN, oracle_sweep, patterns
+from effcompile.ops import native_moe
 from effcompile.ops import unequal_experts as op
 from effcompile.passes.canonicalize import RemoveIdentities
 from effcompile.passes.unequal_experts import DispatchUnequal
@@ -41,8 +42,11 @@ CHOICES = {
 }
 
 
+@pytest.mark.parametrize("few", [0, 128])
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_op_is_masked_execution(name: str) -> None:
+def test_the_op_is_masked_execution(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By products of the BLAS, and by the kernel of experts."""
+    monkeypatch.setattr(native_moe, "FEW_ROWS", few)
     made, choice = layer(), CHOICES[name]
     exact = op.written(X.double(), choice, *(w.double() for w in weights_of(made)))
     found = torch.ops.eff.unequal_experts_v1(X, choice, *weights_of(made))

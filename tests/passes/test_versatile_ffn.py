@@ -15,6 +15,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.plan import Plan
 from effcompile.models.llama import LlamaConfig
 from effcompile.models.versatile import Versatile, VersatileConfig, VersatileFFN
+from effcompile.ops import native_moe
 from effcompile.ops import versatile_ffn as op
 from effcompile.passes.canonicalize import RemoveIdentities
 from effcompile.passes.versatile_ffn import FoldVirtualExperts
@@ -107,8 +108,13 @@ def test_a_layer_is_found_where_its_epsilon_is_an_input_of_the_graph(emit: str) 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("loops", ["few", "all", "mixed"])
-def test_spellings_and_the_op_agree(depth: int, loops: str) -> None:
-    """With no token deep, with all of them, and with some of each: the wide path is skipped where lam is 0."""
+@pytest.mark.parametrize("few", [0, 128])
+def test_spellings_and_the_op_agree(depth: int, loops: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no token deep, with all of them, and with some of each: the wide path is skipped where lam is 0.
+
+    By products of the BLAS, and by the kernel of experts.
+    """
+    monkeypatch.setattr(native_moe, "FEW_ROWS", few)
     made = layer(replace(SMALL, depth=depth))
     x = tokens(3, 11)
     if loops != "mixed":

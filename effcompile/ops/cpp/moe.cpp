@@ -14,7 +14,7 @@ struct Problem {
   int64_t tokens, top_k, experts, hidden, inner, threads;
   Shape first, second;
   Gate gate;
-  bool weigh_input;
+  bool weigh_input, keep;
   const int64_t* ids;
   const float* share;
 };
@@ -49,9 +49,10 @@ void gather_rows(const Problem& p, const T* x, const int64_t* slots, int64_t cou
 }
 
 template <typename P, typename T>
-void first_sweep(const Problem& p, const T* x, const T* w1, const T* b1, const Group& group, const Task& task, const int64_t* slots,
+void first_sweep(const Problem& p, const T* x, const T* w1, const T* ups, const T* b1, const Group& group, const Task& task, const int64_t* slots,
                  float* inner, const TileRegisters& registers, Scratch& own) {
-  const Weights<T> weights{w1 + group.expert * p.first.whole, b1 ? b1 + group.expert * p.first.outputs : nullptr, p.first};
+  const Weights<T> weights{w1 + group.expert * p.first.whole, b1 ? b1 + group.expert * p.first.outputs : nullptr, p.first,
+                           ups ? ups + group.expert * p.first.whole : nullptr};
   if (group.rows) {
     float* rows = own.rows(task.count * p.hidden);
     gather_rows(p, x, slots + group.begin, task.count, rows);
@@ -91,7 +92,7 @@ void second_sweep(const Problem& p, const T* w2, const T* b2, const Group& group
 
 // P: what panels are made of.
 template <typename P, typename T>
-void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, const T* b2, T* out) {
+void run(const Problem& p, const T* x, const T* w1, const T* ups, const T* b1, const T* w2, const T* b2, T* out) {
   const int64_t slots = p.tokens * p.top_k;
   std::vector<int64_t> count(p.experts + 1), order(slots);
   for (int64_t s = 0; s < slots; ++s)
@@ -132,13 +133,14 @@ void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, co
     Scratch own;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < static_cast<int64_t>(tasks.size()); ++n)
-      first_sweep<P>(p, x, w1, b1, groups[tasks[n].group], tasks[n], order.data(), inner.get(), registers, own);
+      first_sweep<P>(p, x, w1, ups, b1, groups[tasks[n].group], tasks[n], order.data(), inner.get(), registers, own);
 #pragma omp for schedule(static, 1)
     for (int64_t part = 0; part < p.threads; ++part) {
       const int64_t low = p.hidden * part / p.threads / 16 * 16;
       const int64_t high = part + 1 == p.threads ? p.hidden : p.hidden * (part + 1) / p.threads / 16 * 16;
       if (low == high) continue;
-      for (int64_t t = 0; t < p.tokens; ++t) std::fill(y + t * p.hidden + low, y + t * p.hidden + high, 0.f);
+      if (!p.keep)
+        for (int64_t t = 0; t < p.tokens; ++t) std::fill(y + t * p.hidden + low, y + t * p.hidden + high, 0.f);
       for (const Group& group : groups) second_sweep<P>(p, w2, b2, group, order.data(), inner.get(), y, low, high, registers, own);
       if constexpr (!direct)
         for (int64_t t = 0; t < p.tokens; ++t) narrow(y + t * p.hidden + low, high - low, out + t * p.hidden + low);
@@ -149,25 +151,27 @@ void run(const Problem& p, const T* x, const T* w1, const T* b1, const T* w2, co
 template <typename T>
 void start(const Problem& p, const void* const* given) {
   const T *x = static_cast<const T*>(given[0]), *w1 = static_cast<const T*>(given[3]), *b1 = static_cast<const T*>(given[4]),
-          *w2 = static_cast<const T*>(given[5]), *b2 = static_cast<const T*>(given[6]);
+          *w2 = static_cast<const T*>(given[5]), *b2 = static_cast<const T*>(given[6]), *ups = static_cast<const T*>(given[8]);
   T* out = static_cast<T*>(const_cast<void*>(given[7]));
   if constexpr (PAIRS<T>) {
-    if (p.hidden % 32 == 0 && p.inner % 32 == 0) return run<T>(p, x, w1, b1, w2, b2, out);
+    if (p.hidden % 32 == 0 && p.inner % 32 == 0) return run<T>(p, x, w1, ups, b1, w2, b2, out);
   }
-  run<float>(p, x, w1, b1, w2, b2, out);
+  run<float>(p, x, w1, ups, b1, w2, b2, out);
 }
 
 }  // namespace
 
-// dtype: 0 float, 1 bfloat16, 2 half. pointers: x, ids, share, w1, b1, w2, b2, out. All rows are dense; strides are those of weights.
+// dtype: 0 float, 1 bfloat16, 2 half. pointers: x, ids, share, w1, b1, w2, b2, out, ups: rows behind the gates where w1 has those alone.
+// All rows are dense; strides are those of weights. keep: add to what out holds, float only.
 extern "C" void eff_moe(int64_t dtype, const int64_t* sizes, const void* const* pointers, float alpha, float beta, float limit) {
   Problem p{};
-  int64_t at = 0, act = 0, layout = 0, input = 0, turned[2] = {};
+  int64_t at = 0, act = 0, layout = 0, input = 0, keep = 0, turned[2] = {};
   for (int64_t* field : {&p.tokens, &p.top_k, &p.experts, &p.hidden, &p.inner, &act, &layout, &input, turned, turned + 1,
-                         &p.threads, &p.first.whole, &p.first.stride, &p.second.whole, &p.second.stride})
+                         &p.threads, &p.first.whole, &p.first.stride, &p.second.whole, &p.second.stride, &keep})
     *field = sizes[at++];
   p.gate = {static_cast<int>(act), static_cast<int>(layout), alpha, beta, limit};
   p.weigh_input = input != 0;
+  p.keep = keep != 0;
   p.first.transposed = turned[0] != 0;
   p.second.transposed = turned[1] != 0;
   p.first.depth = p.hidden;

@@ -71,11 +71,11 @@ Tensor experts_of(const Tensor& x, const Tensor& ids, const Tensor& weights, con
       Tensor out = at::empty_like(x);
       if (out.numel() == 0) return out;
       const Tensor share = weights.to(at::kFloat).contiguous();
-      const std::array<int64_t, 15> sizes{tokens, top_k, experts, hidden, inner, gate, halves, input, transposed, transposed,
-                                          at::get_num_threads(), w1.stride(0), w1.stride(1), w2.stride(0), w2.stride(1)};
-      const std::array<const void*, 8> pointers{x.const_data_ptr(), ids.const_data_ptr(), share.const_data_ptr(), w1.const_data_ptr(),
+      const std::array<int64_t, 16> sizes{tokens, top_k, experts, hidden, inner, gate, halves, input, transposed, transposed,
+                                          at::get_num_threads(), w1.stride(0), w1.stride(1), w2.stride(0), w2.stride(1), 0};
+      const std::array<const void*, 9> pointers{x.const_data_ptr(), ids.const_data_ptr(), share.const_data_ptr(), w1.const_data_ptr(),
                                                 b1 ? b1->const_data_ptr() : nullptr, w2.const_data_ptr(),
-                                                b2 ? b2->const_data_ptr() : nullptr, out.mutable_data_ptr()};
+                                                b2 ? b2->const_data_ptr() : nullptr, out.mutable_data_ptr(), nullptr};
       kernel(dtype, sizes.data(), pointers.data(), static_cast<float>(alpha), static_cast<float>(beta), static_cast<float>(limit));
       return out;
     }

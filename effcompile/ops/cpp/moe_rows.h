@@ -7,28 +7,40 @@ inline int64_t place(const Gate& gate, int64_t inner, int64_t i, int which) {
   return gate.layout == 2 ? 2 * i + which : which * inner + i;
 }
 
-// Point at rows of weights as contiguous numbers: the model's own where they are, else copies. `which` names outputs.
+// Where the weights of an output begin.
+template <typename T>
+inline const T* head(const Weights<T>& weights, int64_t output) {
+  return weights.data + output * (weights.shape.transposed ? 1 : weights.shape.stride);
+}
+
+// The same of the gate (which = 0) or the other half (1) of inner number i.
+template <typename T>
+inline const T* head(const Weights<T>& weights, const Gate& gate, int64_t inner, int64_t i, int which) {
+  if (which && weights.up) return weights.up + i * (weights.shape.transposed ? 1 : weights.shape.stride);
+  return head(weights, place(gate, inner, i, which));
+}
+
+// Point at rows of weights as contiguous numbers: the model's own where they are, else copies. `heads` are where they begin.
 template <typename T, typename P>
-void ready(const Weights<T>& weights, const int64_t* which, int64_t count, const P** rows, P* space) {
-  const Shape& shape = weights.shape;
+void ready(const Shape& shape, const T* const* heads, int64_t count, const P** rows, P* space) {
   if constexpr (std::is_same_v<T, P>) {
     if (!shape.transposed) {
-      for (int64_t i = 0; i < count; ++i) rows[i] = weights.data + which[i] * shape.stride;
+      for (int64_t i = 0; i < count; ++i) rows[i] = heads[i];
       return;
     }
   }
   for (int64_t i = 0; i < count; ++i) rows[i] = space + i * shape.depth;
   if constexpr (std::is_same_v<P, float>) {
     if (!shape.transposed) {
-      for (int64_t i = 0; i < count; ++i) widen(weights.data + which[i] * shape.stride, shape.depth, space + i * shape.depth);
+      for (int64_t i = 0; i < count; ++i) widen(heads[i], shape.depth, space + i * shape.depth);
       return;
     }
   }
-  // Columns of a transposed weight; neighbors are read together where `which` counts up.
+  // Columns of a transposed weight; neighbors are read together.
   for (int64_t i = 0; i < count;) {
     int64_t run = 1;
-    while (i + run < count && which[i + run] == which[i] + run && run < W) ++run;
-    const T* from = weights.data + which[i];
+    while (i + run < count && heads[i + run] == heads[i] + run && run < W) ++run;
+    const T* from = heads[i];
     P* to = space + i * shape.depth;
     int64_t k = 0;
     if constexpr (std::is_same_v<P, float>) {
@@ -77,16 +89,16 @@ void many_first(const Weights<T>& weights, const Gate& gate, int64_t inner, cons
   float* c = own.tile(most * PANEL);
   for (int64_t i = low; i < high; i += step) {
     const int64_t many = std::min(step, high - i);
-    int64_t which[most];
+    const T* heads[most];
     const P *rows[most], *ordered[most];
     // Where they lie next to each other they are read so; the tile takes all gates first.
     const bool pairs = gate.layout == 2;
     for (int64_t j = 0; j < many; ++j) {
-      which[pairs ? 2 * j : j] = place(gate, inner, i + j, 0);
-      if (halves) which[pairs ? 2 * j + 1 : many + j] = place(gate, inner, i + j, 1);
+      heads[pairs ? 2 * j : j] = head(weights, gate, inner, i + j, 0);
+      if (halves) heads[pairs ? 2 * j + 1 : many + j] = head(weights, gate, inner, i + j, 1);
     }
     const int64_t all = halves ? 2 * many : many;
-    ready(weights, which, all, rows, space);
+    ready(weights.shape, heads, all, rows, space);
     for (int64_t j = 0; j < many; ++j) {
       ordered[j] = rows[pairs ? 2 * j : j];
       if (halves) ordered[many + j] = rows[pairs ? 2 * j + 1 : many + j];
@@ -120,10 +132,10 @@ void many_second(const Weights<T>& weights, const P* panels, int64_t depth, int6
   float* turned = c + (most + W) * PANEL;
   for (int64_t h = low; h < high; h += most) {
     const int64_t many = std::min(most, high - h);
-    int64_t which[most];
+    const T* heads[most];
     const P* rows[most];
-    for (int64_t j = 0; j < many; ++j) which[j] = h + j;
-    ready(weights, which, many, rows, space);
+    for (int64_t j = 0; j < many; ++j) heads[j] = head(weights, h + j);
+    ready(weights.shape, heads, many, rows, space);
     for (int64_t begin = 0; begin < tokens; begin += PANEL) {
       const int64_t here = std::min(PANEL, tokens - begin);
       multiply(registers, here, many, rows, depth, panels + begin * depth, c);
@@ -244,7 +256,9 @@ void few_first_of(const Weights<T>& weights, const Gate& gate, int64_t inner, co
     outputs<N>(weights, 2 * low, 2 * many, x, c);
   } else {
     outputs<N>(weights, low, many, x, c);
-    if (halves == 2) outputs<N>(weights, inner + low, many, x, c + many * N);
+    Weights<T> others = weights;
+    if (weights.up) others.data = weights.up;
+    if (halves == 2) outputs<N>(others, weights.up ? low : inner + low, many, x, c + many * N);
   }
   const int64_t run = pairs ? 2 * many : many;  // outputs that were computed at once
   const int64_t by_token = weights.shape.transposed ? run : 1, by_output = weights.shape.transposed ? 1 : N;

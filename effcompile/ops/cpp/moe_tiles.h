@@ -28,6 +28,7 @@ struct Weights {
   const T* data;
   const T* bias;
   Shape shape;
+  const T* up = nullptr;  // the rows behind the gates, where those are a tensor of their own
 };
 
 struct Scratch {
