@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import circumstances, replace_results
+from bench.report import chip, circumstances, replace_results
 from effcompile.core.errors import EffError
 
 DENSE = "dense"
@@ -15,21 +15,38 @@ _COLORS = ("#2f6fd6", "#e0a03c", "#5f9e6e", "#b0548c", "#7a6fd0", "#c4573d", "#3
 
 
 _TITLES = {"text": "Text", "pass-key": "Pass key", "decode": "Decode"}
+FORMS = tuple(_TITLES)
 
 
-def markdown(document: Mapping[str, Any]) -> str:
-    """Return a table for each row of the document, quality and speed side by side."""
-    parts = [f"![speed against perplexity]({PICTURE})", document["about"]]
-    for row in document["rows"]:
+def latest(documents: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
+    """Return (document, row) of the last run of each row, whichever machine made it, by form and length."""
+    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for document in documents:
+        for row in document["rows"]:
+            if row["id"] not in found or found[row["id"]][1]["run"] < row["run"]:
+                found[row["id"]] = document, row
+    at = lambda pair: (FORMS.index(pair[1]["parameters"]["form"]), pair[1]["parameters"]["length"])  # noqa: E731
+    return tuple(sorted(found.values(), key=at))
+
+
+def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table for each row, quality and speed side by side, with the chip that its last run was on."""
+    rows = latest(documents)
+    parts = [f"![speed against perplexity]({PICTURE})", rows[0][0]["about"]] if rows else []
+    for document, row in rows:
         form = row["parameters"]["form"]
         made = {"text": _texts, "pass-key": _pass_keys, "decode": _steps}[form](row)
         size = f"{row['parameters']['length']:,} tokens, {row['parameters']['dtype']}"
-        parts.append(f"### {_TITLES[form]}, {size}\n\n{made}")
-    parts.append("\n".join(f"measured: {text}  " for text in circumstances(document)))
+        parts.append(f"### {_TITLES[form]}, {size}, {chip(document['runs'][row['run']])}\n\n{made}")
+    used: dict[str, None] = {}
+    for document, row in rows:
+        runs = {row["run"]: document["runs"][row["run"]]}
+        used.update(dict.fromkeys(circumstances({"runs": runs})))
+    parts.append("\n".join(f"measured: {text}  " for text in used))
     return "\n\n".join(parts)
 
 
-def write(folder: Path, document: Mapping[str, Any]) -> bool:
+def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     """Put the tables into docs/sparse_attention.md and draw the picture beside it; return whether the page changed.
 
     Raises:
@@ -40,10 +57,10 @@ def write(folder: Path, document: Mapping[str, Any]) -> bool:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(document))
+    new = replace_results(text, markdown(documents))
     if new != text:
         page.write_text(new, encoding="utf-8")
-        draw(document, folder / PICTURE)
+        draw(documents, folder / PICTURE)
     return new != text
 
 
@@ -115,7 +132,7 @@ def _steps(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(document: Mapping[str, Any], path: Path) -> None:
+def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw speed against the rise of perplexity, a panel a length, a color a policy; raises EFF-U104 without matplotlib."""
     from effcompile.models.trained import require
 
@@ -123,7 +140,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in document["rows"] if row["parameters"]["form"] == "text"]
+    rows = [row for _, row in latest(documents) if row["parameters"]["form"] == "text"]
     figure = Figure(figsize=(6.0 * max(1, len(rows)), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(1, len(rows)), squeeze=False)[0]

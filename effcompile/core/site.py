@@ -42,7 +42,7 @@ class Site:
 
     @property
     def fingerprint(self) -> str:
-        """Return a digest of everything but the source line, which an edit elsewhere moves, and names, which depend on the capture."""
+        """Return a digest of everything but the source line, which an edit elsewhere moves, and names, which a capture makes."""
         parts = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in ("source", "tensors")]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -160,6 +160,7 @@ def _row() -> dict[str, object]:
     arms["t"] |= {"density": 0.5, "selector_share": 0.03, "selector_of_saved": 0.08}
     return {
         "id": "8-text",
+        "run": "2026-01-02",
         "parameters": {"length": 8, "form": "text", "dtype": "float32"},
         "arms": arms,
         "ratios": [{"arm": "w", "to": "dense", "median": 1.5}, {"arm": "t", "to": "dense", "median": 1.25}],
@@ -168,8 +169,12 @@ def _row() -> dict[str, object]:
 
 def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "sparse_attention.md").write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
-    document = {"about": "about", "rows": [_row()], "runs": {}}
-    assert quality_report.write(tmp_path, document)
+    cpu = {"model": "Chip", "isa": "avx2"}
+    run = {"date": "2026-01-02", "cpu": cpu, "threads": 1, "versions": {}, "commit": {"hash": "abc"}}
+    document = {"about": "about", "rows": [_row()], "runs": {"2026-01-02": run}}
+    earlier = {**document, "rows": [{**_row(), "run": "2026-01-01", "arms": {}}]}
+    documents = [earlier, document]  # of equal rows the last run counts
+    assert quality_report.write(tmp_path, documents)
     page = (tmp_path / "sparse_attention.md").read_text()
     assert "| `block-topk{density=0.5}` | 1.50 s | 1.25x | 0.500 | 3.0 % | 8.0 % | 10.10 (+1.0 %) |" in page
     assert quality_report.curve(_row()) == [
@@ -177,4 +182,4 @@ def test_the_page_shows_what_was_measured(tmp_path: Path) -> None:
         ("block-topk", "density=0.5", pytest.approx(1.0), 1.25),
     ]
     assert (tmp_path / quality_report.PICTURE).stat().st_size > 5000
-    assert not quality_report.write(tmp_path, document)
+    assert not quality_report.write(tmp_path, documents)
