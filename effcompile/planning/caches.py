@@ -35,4 +35,5 @@ def described(site: CacheSite) -> tuple[str, str, str]:
     """Return shape, places and format of a cache in words."""
     dims = f"{site.head_dim}" if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}"
     reach = f", the last {site.window} of them read" if site.window else ""
-    return f"B={site.batch} H={site.kv_heads} D={dims} {site.dtype}", f"{site.capacity} tokens{reach}", site.format
+    heads = f"latents of {site.head_dim}+{site.value_dim}" if site.layout == "mla" else f"H={site.kv_heads} D={dims}"
+    return f"B={site.batch} {heads} {site.dtype}", f"{site.capacity} tokens{reach}", site.format

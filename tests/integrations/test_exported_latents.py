@@ -102,7 +102,9 @@ def test_what_the_buffers_held_is_packed_and_a_slice_is_a_prompt() -> None:
 def test_the_program_lists_its_latents_and_goes_through_torch_compile(emit: str) -> None:
     torch.manual_seed(0)
     program = exported(Latents())
-    (row,) = eff.explain(program).to_json()["caches"]
+    told = eff.explain(program)
+    (row,) = told.to_json()["caches"]
+    assert f"latents of {R}+{DR}" in str(told)
     assert (row["layout"], row["capacity"], row["head_dim"]) == ("mla", C, R)
     packed = eff.prepare(program, kv={row["id"]: "int8-per-token"})
     other = eff.prepare(program, kv={row["id"]: "int8-per-token"})

@@ -51,6 +51,32 @@ def test_a_prompt_and_steps_say_what_the_model_says(kind: str, kv: str, off: flo
     assert cache.nbytes() == 2 * (2 * 96 * ((48 + 16) * codes + scales) + 8)
 
 
+RELATIVES = ("AXK1", "Glm4MoeLite", "LongcatFlash", "MiniCPM3", "Mistral4", "Youtu")
+"""Those that expand latents as DeepSeek-V3 does; DeepSeek-V3.2 has an indexer beside them, whose layers are refused by name."""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_relatives_say_what_they_say_with_their_own_cache(kind: str) -> None:
+    import transformers
+
+    experts = {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes = {"hidden_size": 64, "num_layers": 2, "q_lora_rank": 24, "moe_intermediate_size": 32}
+    longcat = {"expert_ffn_hidden_size": 32, "ffn_hidden_size": 64, "moe_topk": 2, "zero_expert_num": 1, "head_dim": 16}
+    fields = {**LLAMA, **HEADS, **SIZES, **experts, **sizes, **(longcat if kind == "LongcatFlash" else {})}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**fields)).eval()
+    ids = words(2, 30)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    eff.prepare(model, kv="plain")
+    cache = eff.kv_cache(model, capacity=32)
+    found = steps(model, ids, cache, (20, *[1] * 10))
+    assert {layer.site.layout for layer in cache.packed} == {"mla"}
+    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
 def test_greedy_tokens_are_those_of_the_model() -> None:
     model = latents()
     ids = words(3, 30)
