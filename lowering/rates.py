@@ -91,10 +91,6 @@ class ExpertRate:
     tokens: tuple[int, ...]
     shares: tuple[float, ...]
 
-    def at(self, tokens: int) -> float:
-        """Return the share at a number of tokens; beyond the measured ones that of the nearest."""
-        return power_law(self.tokens, self.shares, tokens)
-
     def distance(self, experts: int, top_k: int, hidden: int, inner: int) -> float:
         """Return how far a layer's sizes are from the measured ones: the sum of the logarithms of their ratios."""
         pairs = ((experts, self.experts), (top_k, self.top_k), (hidden, self.hidden), (inner, self.inner))

@@ -6,9 +6,9 @@ dropout, a gate for each pair of columns, experts that are the slices of the inn
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -47,9 +47,9 @@ class FoldVirtualExperts(Pass):
         return PassResult(program, count > 0, (f"{count} VersatileFFN layers folded",) if count else ())
 
 
-Epsilon = float | fx.Node
+Epsilon: TypeAlias = "float | fx.Node"
 """A number, or the node of one that is an input of the graph: Dynamo makes a float so under `dynamic=True`."""
-Layer = tuple[fx.Node, Template, Found, tuple[int, Epsilon]]
+Layer: TypeAlias = tuple[fx.Node, Template, Found, tuple[int, Epsilon]]
 
 
 def _layers(graph: fx.Graph) -> Iterator[Layer]:
@@ -85,17 +85,29 @@ def _layer(
             continue
         for eps in epsilons:
             given = (eps,) if isinstance(eps, fx.Node) else ()
-
-            def layer(*tensors: Tensor, eps: Any = eps) -> tuple[Tensor, Tensor, Tensor]:
-                return op.written(*tensors[:7], top_k, tensors[7] if len(tensors) > 7 else eps)  # type: ignore[arg-type]
-
-            wanted = template(layer, x, depth_router, width_router, norm, gate, gate, down, *given)
+            wanted = template(_spelled(top_k, eps), x, depth_router, width_router, norm, gate, gate, down, *given)
             for node in graph.nodes:
                 if node.target != wanted.outputs[0].target:
                     continue
                 found = match(wanted, node)
                 if found is not None and inputs_of(wanted, found)[0] is x and not written_between(found):
                     yield node, wanted, found, (depth, eps)
+
+
+def _spelled(top_k: int, eps: Epsilon) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return how a layer is written, of its tokens and weights, and of its epsilon where that is a node."""
+
+    def fixed(
+        x: Tensor, d: Tensor, w: Tensor, n: Tensor, g: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return op.written(x, d, w, n, g, u, v, top_k, eps)  # type: ignore[arg-type]
+
+    def given(
+        x: Tensor, d: Tensor, w: Tensor, n: Tensor, g: Tensor, u: Tensor, v: Tensor, e: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return op.written(x, d, w, n, g, u, v, top_k, e)
+
+    return given if isinstance(eps, fx.Node) else fixed
 
 
 def _routed(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -56,7 +56,7 @@ def unequal_experts(
             continue
         if count <= native_moe.FEW_ROWS and native_moe.adds(flat, *layer):
             ids, share = torch.where(mask, 0, -1)[:, None], flat.new_ones((len(flat), 1))
-            native_moe.add_swiglu(out, flat, ids, share, *(weight[None] for weight in layer))
+            native_moe.add_swiglu(out, flat, ids, share, layer[0][None], layer[1][None], layer[2][None])
         else:
             tokens = mask.nonzero().squeeze(1)
             out.index_copy_(0, tokens, swiglu(flat[tokens], *layer))

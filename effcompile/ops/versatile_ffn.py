@@ -146,7 +146,7 @@ def _few(
     if most:
         which = rest.abs().topk(most, 1).indices
         part = rest.gather(1, which)
-        slices = [weight.unflatten(0, (count, -1)) for weight in (gate, up)]
+        slices = gate.unflatten(0, (count, -1)), up.unflatten(0, (count, -1))
         columns = down.unflatten(1, (count, -1)).transpose(0, 1)
         which = torch.where(part != 0, which, -1)
         native_moe.add_swiglu(wide, n[skipped:], which, part.contiguous(), *slices, columns)
@@ -154,7 +154,7 @@ def _few(
         if not tokens:
             break
         n = n if loop == 0 else normalized(state[:tokens], norm, eps)
-        whole = (weight[None] for weight in (gate, up, down))
+        whole = gate[None], up[None], down[None]
         native_moe.add_swiglu(state[:tokens], n, ids[:tokens], ones[:tokens], *whole)
     lam = ((depth - loops[skipped:]) / depth).to(state.dtype)[:, None]
     state[skipped:] = (1 - lam) * state[skipped:] + lam * wide

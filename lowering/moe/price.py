@@ -8,11 +8,13 @@ routing E (1 - (1 - k/E)^T) of them, an upper estimate.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from effcompile.core.density import NOMINAL
 from effcompile.core.experts import MoESite
 from effcompile.core.kernel import Supported
 from effcompile.core.target import Device, Target, element_bytes
-from effcompile.lowering.rates import rates_of
+from effcompile.lowering.rates import power_law, rates_of
 
 NEAR = 3.5
 """Distance of sizes (logarithms of four ratios) up to which a layer counts as measured: each size off by 2.4 times, for example."""
@@ -58,14 +60,26 @@ def price(name: str, site: MoESite, target: Target) -> Supported:
 
 
 def _measured(name: str, site: MoESite, device: Device) -> Supported | None:
-    """Return the seconds that the table gives; measured ones lie near a measured layer, between its numbers of tokens."""
+    """Return the seconds that the table gives; measured ones lie near a measured layer, between its numbers of tokens.
+
+    Times of that layer are interpolated, since its roofline has a corner, and scaled by what the rooflines of both layers say.
+    """
     rates, sizes = rates_of(device), (site.experts, site.top_k, site.hidden, site.inner)
     rate = None if rates is None else rates.expert_rate(name, site.dtype, sizes)
     if rate is None:
         return None
-    near = rate.distance(*sizes) <= NEAR and rate.tokens[0] <= tokens(site) <= rate.tokens[-1]
-    seconds = roofline(name, site, device) / rate.at(tokens(site))
-    return Supported(seconds, "measured" if near else "modelled")
+    count = tokens(site)
+    inside = rate.tokens[0] <= count <= rate.tokens[-1]
+
+    def layer(count: int) -> float:
+        sized = {"experts": rate.experts, "top_k": rate.top_k, "hidden": rate.hidden, "inner": rate.inner}
+        return roofline(name, replace(site, tokens=count, **sized), device)  # type: ignore[arg-type]
+
+    seconds = layer(count) / rate.shares[0 if count < rate.tokens[0] else -1]
+    if inside:
+        seconds = power_law(rate.tokens, [layer(n) / share for n, share in zip(rate.tokens, rate.shares)], count)
+    near = inside and rate.distance(*sizes) <= NEAR
+    return Supported(seconds * roofline(name, site, device) / layer(count), "measured" if near else "modelled")
 
 
 def _peak(site: MoESite, device: Device) -> float:

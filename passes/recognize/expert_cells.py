@@ -117,7 +117,8 @@ def _contractions(node: fx.Node, back: bool) -> Iterator[Contraction]:
     elif name in _PRODUCTS and len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args):
         yield from _by_product(node, node.args[0], node.args[1], back)  # type: ignore[arg-type]
     elif name == "tensordot" and len(node.args) == 4:
-        yield from _by_dims(*node.args, back)  # type: ignore[arg-type]
+        a, b, over, beside = node.args
+        yield from _by_dims(a, b, over, beside, back)  # type: ignore[arg-type]
     elif name == "sum" and back and isinstance(node.args[0], fx.Node) and op_name(node.args[0]) == "bmm":
         # Over the experts: [E, S, C] times [E, C, M].
         if list(_dims(node.args[1:2])) == [0] and len(node.args) == 2 and not node.kwargs:
