@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench import table_case
+from bench import table_case, trained_moe
 from bench.case import Case, Row, Settings, Watch, grid
 from bench.gshard import GShard
 from bench.table_case import Kernel, seeded
@@ -70,6 +70,10 @@ def _gpt_oss() -> tuple[nn.Module, Any]:
     return GptOssMLP(config), config
 
 
+def _trained() -> tuple[nn.Module, Any]:
+    return trained_moe.block(), trained_moe.config()
+
+
 def _gshard() -> tuple[nn.Module, Any]:
     from types import SimpleNamespace
 
@@ -83,8 +87,10 @@ BLOCKS: dict[str, Build] = {
     "olmoe": _olmoe,
     "deepseek-v3": _deepseek,
     "gpt-oss": _gpt_oss,
+    "pydoc-moe": _trained,
     "gshard": _gshard,
 }
+TRAINED = "pydoc-moe"  # the zoo's small model: its own weights, and what a layer of it gets for text
 EINSUM = "gshard"  # a block that is no transformers' one: the einsum itself under torch.compile is what there is to compare with
 
 
@@ -99,10 +105,10 @@ class MoE(Case):
     about: ClassVar[str] = (
         "Blocks of transformers with random weights and routing, the shapes of each family scaled to a CPU; `length` is "
         "tokens; a timed call of few tokens is eight steps in a row on eight inputs, as a decode loop makes them, and its time is "
-        "that of one step. eager: transformers' "
-        "loop over experts. grouped-inductor, batched-inductor: its grouped_mm and batched_mm under torch.compile. "
-        "eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare. gshard: two choices a token over "
-        "16 experts with a capacity, in one-hot einsums; loop-inductor is these einsums under torch.compile."
+        "that of one step. eager: transformers' loop over experts. grouped-inductor, batched-inductor: its grouped_mm and "
+        "batched_mm under torch.compile. eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare. "
+        "pydoc-moe: a layer of the zoo's trained model on text. gshard: two choices a token over 16 experts with a capacity, in "
+        "one-hot einsums; loop-inductor is these einsums under torch.compile."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = tuple(BLOCKS)
@@ -155,9 +161,12 @@ def build(form: str, tokens: int, dtype: str, device: str) -> tuple[nn.Module, l
     """Return a block with random weights, and its inputs `[1, T, H]`: several where tokens are few."""
     torch.manual_seed(0)
     block, config = BLOCKS[form]()
-    _fill(block)
+    if form != TRAINED:
+        _fill(block)
     block = block.eval().to(dtype=getattr(torch, dtype), device=device)
     count = INPUTS if tokens < 64 else 1
+    if form == TRAINED:
+        return block, [x.to(dtype=getattr(torch, dtype), device=device) for x in trained_moe.inputs(tokens, count)]
     return block, [seeded((1, tokens, config.hidden_size), dtype, device, seed) for seed in range(count)]
 
 

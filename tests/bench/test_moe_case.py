@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.case import Settings, Watch
+from bench.case import Row, Settings, Watch
 from bench.cases.moe import MoE
 
 
@@ -19,6 +19,9 @@ def test_a_row_compares_arms_that_agree() -> None:
     for arm in found["arms"].values():
         assert len(arm["seconds"]["samples"]) == 2
         assert arm["max_error"] < 1e-4
+    trained = Row("64-pydoc-moe-float32", {"length": 64, "form": "pydoc-moe", "dtype": "float32"})
+    (found,) = case.measure(trained, settings, Watch())
+    assert all(arm["max_error"] < 1e-4 for arm in found["arms"].values())
     assert einsum.id == "256-gshard-float32"
     (found,) = case.measure(einsum, settings, Watch())
     timed = {name for name, arm in found["arms"].items() if "seconds" in arm}

@@ -73,11 +73,11 @@ def test_a_prepared_model_says_what_its_own_loop_says(make: Any) -> None:
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == names
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-def test_prefill_and_decode_stay_one_graph(prepared: bool) -> None:
+@pytest.mark.parametrize(("make", "prepared"), [(qwen3, True), (qwen3, False), (mixtral, True)])
+def test_prefill_and_decode_stay_one_graph(make: Any, prepared: bool) -> None:
     from transformers import StaticCache
 
-    model = qwen3()
+    model = make()
     options = {"strict": True, "require": {"moe": "all"}, "emit": "interpreter"}
     with torch.no_grad():
         wanted = model(IDS, use_cache=False).logits
