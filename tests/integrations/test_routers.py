@@ -37,9 +37,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "softmax-over-the-chosen": ("GraniteMoe", {}),
     "groups-by-their-best": ("DeepseekV2", {**LATENT, **GROUPS, "topk_method": "group_limited_greedy"}),
-    "groups-by-their-best-two": ("DeepseekV3", {**LATENT, **GROUPS}),
+    "groups-by-their-best-two": ("DeepseekV3", {**LATENT, **GROUPS, "head_dim": 4}),
     "groups-and-scale": ("Glm4Moe", {**GROUPS, "routed_scaling_factor": 1.5}),
-    "sigmoid-and-bias": ("Dots1", GROUPS),
+    "sigmoid-and-bias": ("Dots1", {**GROUPS, "n_shared_experts": 1}),
     "softmax-bias-and-a-least-sum": ("Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0}),
     "sparse-mixer": ("Phimoe", {"router_jitter_noise": 0.01}),
 }
