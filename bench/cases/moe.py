@@ -91,6 +91,7 @@ BLOCKS: dict[str, Build] = {
     "gshard": _gshard,
 }
 TRAINED = "pydoc-moe"  # the zoo's small model: its own weights, and what a layer of it gets for text
+LEAST = 64  # tokens of the block with a capacity: of a few, an expert takes none
 EINSUM = "gshard"  # a block that is no transformers' one: the einsum itself under torch.compile is what there is to compare with
 
 
@@ -128,7 +129,8 @@ class MoE(Case):
         forms = ("qwen3-moe",) if settings.quick else tuple(form for form in BLOCKS if form != EINSUM)
         rows = grid(settings, (8,) if settings.quick else self.lengths, forms, self.dtypes)
         lengths = (256,) if settings.quick else (4096,)
-        return [*rows, *grid(settings, lengths, (EINSUM,), self.dtypes[:1])]
+        einsums = grid(settings, lengths, (EINSUM,), self.dtypes[:1])
+        return [*rows, *(row for row in einsums if int(row.parameters["length"]) >= LEAST)]
 
     def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
         """Measure all arms on one block."""
