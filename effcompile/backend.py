@@ -21,7 +21,15 @@ from effcompile.capture.dynamo import CaptureRefused, capture_dynamo
 from effcompile.codegen.by_size import Late, by_size
 from effcompile.codegen.emit import emit_graph
 from effcompile.codegen.interpreter import interpret_graph
-from effcompile.compiler import Compiled, asked_dispatch, asked_policies, compile_program, own_caches, unprepared
+from effcompile.compiler import (
+    Compiled,
+    asked_dispatch,
+    asked_policies,
+    asked_tokens,
+    compile_program,
+    own_caches,
+    unprepared,
+)
 from effcompile.core.collector import paused
 from effcompile.core.dump import Dump
 from effcompile.core.errors import ContractError, EffError, RewriteError
@@ -31,6 +39,7 @@ from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.site import CacheSite
 from effcompile.core.sizes import place_of_size, symbolic_sizes
 from effcompile.core.target import Target
+from effcompile.core.tokens import FAMILY as TOKENS
 from effcompile.targets import devices
 from effcompile.targets.detect import detect
 
@@ -208,11 +217,12 @@ def check_doors(options: Options, own: Callable[[], Sequence[CacheSite]] = tuple
             )
         if family in DOORS:
             raise EffError("EFF-U013", f"torch.compile cannot apply {family}={spelled}", hint=f"use {DOORS[family]}")
-        if family not in (*SITE_FAMILIES, FAMILY):
+        if family not in (*SITE_FAMILIES, FAMILY, TOKENS):
             raise EffError(
                 "EFF-U014", f"no policy of family `{family}` is installed (asked for {spelled})", hint="eff passes"
             )
     asked_policies(options)
+    asked_tokens(options)
     asked_dispatch(options)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -27,6 +27,8 @@ from effcompile.core.rewrite import Pass
 from effcompile.core.site import AttentionSite, CacheSite, Missed, Refusal
 from effcompile.core.sizes import Size, symbolic_sizes
 from effcompile.core.target import Target
+from effcompile.core.tokens import FAMILY as TOKENS
+from effcompile.core.tokens import TokenReduction
 from effcompile.core.verify import verify
 from effcompile.lowering.attention.estimate import price_choice
 from effcompile.lowering.lower import lower
@@ -37,7 +39,11 @@ from effcompile.passes.recognize.expert_loops import loop_behind
 from effcompile.passes.recognize.experts import RecognizedExperts, recognize_experts
 from effcompile.passes.recognize.kv_buffers import find_buffers
 from effcompile.passes.recognize.kv_cache import recognize_caches
+from effcompile.passes.recognize.tokens import recognize_tokens
+from effcompile.passes.tokens.masks import narrowed
+from effcompile.passes.tokens.rewrite import rewrite_tokens
 from effcompile.planning import experts as planning_experts
+from effcompile.planning import tokens as planning_tokens
 from effcompile.planning.planner import Circumstances, PassChoice, keep_contract, make_plan
 from effcompile.planning.pricing import products
 from effcompile.planning.replay import replayed
@@ -107,10 +113,14 @@ def compile_program(
     experts = recognize_experts(program, _locate)
     program = verify(program, experts.program, "recognize experts")
     dump.program("recognized", program)
+    tokens = _plan_tokens(program, found, experts, options)
     clock.lap("recognize")
 
     sizes = symbolic_sizes(program.entries[0].graph.graph)
-    plan = _plan(found, experts, program, target, options, kernels, passes, sizes)
+    originals = {site.id: site.fingerprint for site in found.sites}
+    found = replace(found, sites=tokens.sites)
+    plan = _plan(found, experts, program, target, options, kernels, passes, sizes, originals)
+    plan = plan.with_more(tokens.choices, tokens.declined)
     plan = plan.with_more(chosen_caches, kept_caches)
     policies = policies_of(plan)
     asked = {policy.family for mine in policies.values() for policy in mine} | {
@@ -119,13 +129,16 @@ def compile_program(
     keep_contract(plan, options.require, found.sites, found.missed, asked=sorted(asked))
     left = [(item.site.id, item.site.source, str(item.refusal)) for item in experts.missed]
     planning_experts.keep_experts(options.require, len(experts.sites), left)
+    planning_tokens.keep_tokens(options.require, plan)
     dump.text("plan.json", plan.to_json())
     clock.lap("plan")
 
     chosen = [p for p in passes if p.name in plan.passes()]
 
     def rewrite(program: Program, plan: Plan, dump: Dump, tank: _Fuel, clock: _Clock) -> Program:
-        sparse, sites = rewrite_attention(program, found.sites, policies)
+        shorter, sites = rewrite_tokens(program, found.sites, tokens.policies, target.portable)
+        program = verify(program, shorter, "token policies")
+        sparse, sites = rewrite_attention(program, sites, policies)
         program = verify(program, sparse, "attention policies")
         dump.program("policies", program)
         program = _run(_phase(chosen, "raised"), program, plan, dump, tank)
@@ -189,6 +202,7 @@ def _plan(
     kernels: Kernels,
     passes: Sequence[Pass],
     sizes: Mapping[str, Size],
+    originals: Mapping[str, str],
 ) -> Plan:
     training = program.requires_grad
     choices = [
@@ -205,14 +219,32 @@ def _plan(
     asked = asked_policies(options)
     dispatches = tuple(item for item in all_dispatches() if item.portable or not target.portable)
     if options.plan is None:
-        plan = make_plan(found.sites, found.missed, given, choices, policies=asked)
+        plan = make_plan(found.sites, found.missed, given, choices, policies=asked, fingerprints=originals)
         dispatch = asked_dispatch(options)
         return planning_experts.with_experts(plan, experts.sites, experts.missed, target, dispatches, dispatch)
-    others_known = planning_experts.fingerprints(experts.sites)
-    known = {site.id: site.fingerprint for site in found.sites} | others_known
+    # Sites are known by what they are in the source, also where they are planned on fewer tokens.
+    known = others_known = {**originals, **planning_experts.fingerprints(experts.sites)}
     named = policies_of(options.plan.part(known, training))
     part = replayed(options.plan, found.sites, given, choices, named, others_known)
     return planning_experts.replay_experts(part, experts.sites, target, dispatches)
+
+
+def _plan_tokens(
+    program: Program, found: Recognized, experts: RecognizedExperts, options: Options
+) -> planning_tokens.TokenPlan:
+    """Decide how many tokens reach each site; without a token policy nothing is looked for."""
+    asked, given = asked_tokens(options), options.plan
+    known = {site.id: site.fingerprint for site in found.sites} | planning_experts.fingerprints(experts.sites)
+    part = None if given is None else given.part(known, program.requires_grad)
+    if asked is None and (part is None or all(choice.family != TOKENS for choice in part.choices)):
+        return planning_tokens.TokenPlan(found.sites, {})
+    streams, refusals = recognize_tokens(program, found.sites)
+    held = [planning_tokens.StreamSites(*stream) for stream in streams]
+    training = program.requires_grad
+    if part is not None:
+        return planning_tokens.replay_tokens(part, found.sites, held, training, narrowed, all_tokens())
+    assert asked is not None
+    return planning_tokens.plan_tokens(asked, found.sites, held, refusals, training, narrowed)
 
 
 def _refusal(item: Pass, options: Options, training: bool, target: Target) -> Refusal | None:
@@ -285,6 +317,27 @@ def asked_policies(options: Options) -> tuple[Policy, ...]:
         )
     known = all_policies()
     return tuple(read_policy(family, text, known) for family, text in sorted(asked, key=lambda item: _order(item[0])))
+
+
+def all_tokens() -> tuple[type[TokenReduction], ...]:
+    """Return every token policy."""
+    return discover.classes(TokenReduction, *discover.folders("effcompile.passes"))  # type: ignore[type-abstract]
+
+
+def asked_tokens(options: Options) -> TokenReduction | None:
+    """Return the token policy that the options ask for.
+
+    Raises:
+        EffError: as `asked_policies`.
+    """
+    text = dict(options.families).get(TOKENS)
+    if text is not None and options.plan is not None:
+        raise EffError(
+            "EFF-U015",
+            f"`{TOKENS}` together with `plan`, which names the policy of every site",
+            hint="edit the plan, or leave one of them out",
+        )
+    return None if text is None else read_policy(TOKENS, text, all_tokens())
 
 
 def policies_of(plan: Plan) -> dict[str, tuple[Policy, ...]]:

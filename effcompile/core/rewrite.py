@@ -96,6 +96,11 @@ class Editor:
 
     def inline(self, function: Callable[..., torch.Tensor], *operands: Any) -> fx.Node:
         """Insert the operations that a function of nodes and numbers performs, and return the node of its result."""
+        result: fx.Node = self.inline_all(function, *operands)
+        return result
+
+    def inline_all(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Do as `inline` for a function of several results: return their nodes as it returns them."""
         with self._mode or nullcontext():
             traced = make_fx(function)(*(_value(item) if isinstance(item, fx.Node) else item for item in operands))
         given = iter(operands)
@@ -107,7 +112,7 @@ class Editor:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
                 made[node] = self.call(node.target, *args, **kwargs)
             elif node.op == "output":
-                return made[node.args[0]]
+                return fx.node.map_arg(node.args[0], made.__getitem__)
             else:
                 raise RewriteError("EFF-X904", f"a function that is written out holds a `{node.op}`")
         raise AssertionError("a graph without output")

@@ -53,8 +53,13 @@ def make_plan(
     passes: Sequence[PassChoice],
     *,
     policies: Sequence[Policy] = (),
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Return the plan of one graph; `policies` are asked in order, each about the site as those before it leave it."""
+    """Return the plan of one graph; `policies` are asked in order, each about the site as those before it leave it.
+
+    `fingerprints` are those of sites that are planned on fewer tokens than the source has.
+    """
+    known_by = {site.id: site.fingerprint for site in sites} | dict(fingerprints or {})
     choices: list[Choice] = []
     declined: list[Decline] = []
     kinds: dict[str, Kind] = {}
@@ -89,7 +94,7 @@ def make_plan(
         str(given.target),
         choices,
         declined=tuple(declined),
-        fingerprints=tuple(sorted((site.id, site.fingerprint) for site in sites)),
+        fingerprints=tuple(sorted(known_by.items())),
         training=given.training,
         notes=(f"attention: {note}",) if note else (),
         split=split,

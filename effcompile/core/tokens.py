@@ -1,0 +1,152 @@
+"""Declare policies of the family `tokens`: later layers work on fewer tokens.
+
+A policy is asked once about a *stream*: the attentions of a graph that hand the same tokens on to each other. It says how many
+tokens are left behind each of them; counts are numbers, so that shapes stay static. A plan holds one choice for each attention
+behind which the stream gets shorter, spelled with that number: `tome{left=241}`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import fx
+
+from effcompile.core.attention_call import AttentionCall
+from effcompile.core.errors import EffError
+from effcompile.core.mask import Mask
+from effcompile.core.policy import Exactness, Method, refused_value
+from effcompile.core.site import AttentionSite, Refusal
+
+if TYPE_CHECKING:
+    from effcompile.core.rewrite import Editor
+
+FAMILY = "tokens"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Say which tokens go on: `index` `[B, left]` int64 in rising order, places among the tokens that came.
+
+    Of a merge, `source` `[B, r]` are the places of those that go, and `into` `[B, r]` the places, among those that go on, of the
+    tokens that they become part of. Of tokens that are dropped and summed up in one more token, `rest` is that token `[B, 1, C]`.
+    """
+
+    index: fx.Node
+    source: fx.Node | None = None
+    into: fx.Node | None = None
+    rest: fx.Node | None = None
+
+
+@dataclass
+class Step:
+    """Hold what a policy sees behind one attention: operands of the shortened graph, at the number of `tokens` that came.
+
+    `held` `[B, N]` bool are tokens that must stay, `real` `[B, N]` bool those that are no padding, None where all are. `sizes`
+    `[B, N]` counts the tokens that each stands for, None before the first merge. `state` is the policy's own, carried from one
+    attention of the stream to the next and shortened with the tokens: `[B, N]` values. `stream` is what is shortened, `[B, N, C]`.
+    """
+
+    edit: Editor
+    call: AttentionCall
+    site: AttentionSite
+    number: int
+    tokens: int
+    left: int
+    portable: bool
+    held: fx.Node | None
+    real: fx.Node | None
+    sizes: fx.Node | None
+    state: dict[str, fx.Node] = field(default_factory=dict)
+    stream: fx.Node | None = None
+
+
+class TokenReduction(Method):
+    """Answer which tokens later layers work on.
+
+    Subclasses are frozen dataclasses with at least the fields `pinned` (places of tokens that always stay, negative ones from the
+    end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `merges` says that tokens are merged and
+    not dropped, `watches` that `observe` wants to see also attentions behind which nothing is dropped.
+    """
+
+    family: ClassVar[str] = FAMILY
+    exactness: ClassVar[Exactness] = "lossy"
+    merges: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
+    pinned: tuple[int, ...]
+    left: int
+
+    @abstractmethod
+    def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
+        """Return how many of `tokens` are left behind each attention of a stream; never more than before it."""
+
+    def most(self, tokens: int) -> int:
+        """Return how many of `tokens` can go behind one attention."""
+        return tokens - 1
+
+    def refuses(self, site: AttentionSite) -> Refusal | None:
+        """Return why the policy cannot work behind an attention, else None."""
+        return None
+
+    def observe(self, step: Step) -> None:
+        """Take note of an attention in `step.state`."""
+
+    @abstractmethod
+    def choose(self, step: Step) -> Kept:
+        """Insert what chooses `step.left` of `step.tokens` tokens."""
+
+    def settled(self, left: int) -> TokenReduction:
+        """Return the policy as a plan names it behind one attention."""
+        return replace(self, left=left)  # type: ignore[type-var]
+
+    def check_pinned(self, tokens: int) -> tuple[int, ...]:
+        """Return the places of pinned tokens, counted from the front.
+
+        Raises:
+            EffError: EFF-R110 for a place outside the sequence.
+        """
+        for place in self.pinned:
+            if not -tokens <= place < tokens:
+                raise EffError(
+                    "EFF-R110",
+                    f"`{self.name}` pins token {place} of a sequence of {tokens}",
+                    hint=f"places go from {-tokens} to {tokens - 1}",
+                )
+        return tuple(sorted({place % tokens for place in self.pinned}))
+
+    def check_counts(self, tokens: int, counts: Sequence[int]) -> None:
+        """Raise EFF-R111 unless every count leaves the pinned tokens, and one at least."""
+        least = max(1, len(self.check_pinned(tokens)))
+        for count in counts:
+            if count < least:
+                raise EffError(
+                    "EFF-R111",
+                    f"`{self.spelled}` leaves {count} of {tokens} tokens; {least} must stay",
+                    hint="a smaller ratio, or fewer pinned tokens",
+                )
+
+
+def check_ratio(policy: Method, field_name: str) -> None:
+    """Raise EFF-U004 unless the field is a number in [0, 1)."""
+    value = getattr(policy, field_name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise refused_value(policy, field_name, "at least 0 and below 1")
+
+
+def check_places(policy: Method, field_name: str) -> None:
+    """Raise EFF-U004 unless the field is a list of whole numbers."""
+    value: Any = getattr(policy, field_name)
+    if not isinstance(value, tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in value):
+        raise refused_value(policy, field_name, "a list of whole numbers, such as [0]")
+
+
+def behind(number: int, counts: Sequence[int], tokens: int) -> int:
+    """Return how many tokens reach attention `number` of a stream."""
+    return tokens if number == 0 else counts[number - 1]
+
+
+def mask_is_full(site: AttentionSite) -> bool:
+    """Tell whether every query of a site reads every key."""
+    return isinstance(site.mask, Mask) and site.mask.is_full

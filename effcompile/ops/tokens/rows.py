@@ -1,0 +1,72 @@
+"""Take, merge and put back the rows of a sequence; `index` `[B, L]` int64 holds places that rise within a sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Return rows `[B, L, ...]` of x `[B, N, ...]`."""
+    return take_along(x, index, 0, 1)
+
+
+def take_along(x: Tensor, index: Tensor, batch: int, token: int) -> Tensor:
+    """Return x with the tokens at `index` along dimension `token`; its dimension `batch` has one element, or one a sequence."""
+    where = index if batch < token else index.transpose(0, 1)
+    shape = [1] * x.dim()
+    shape[batch], shape[token] = index.shape
+    wide, many = list(x.shape), list(x.shape)
+    wide[batch] = many[batch] = index.shape[0]
+    many[token] = index.shape[1]
+    return x.expand(wide).gather(token, where.reshape(shape).expand(many))
+
+
+def put_back(before: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """Return `before` `[B, N, C]` with rows x `[B, L, C]` in the places `index`."""
+    return before.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), x)
+
+
+def merge_sizes(sizes: Tensor, index: Tensor, source: Tensor, into: Tensor) -> Tensor:
+    """Return how many tokens each of `[B, L]` stands for after a merge, from those before it `[B, N]`."""
+    return sizes.gather(1, index).scatter_add(1, into, sizes.gather(1, source))
+
+
+def merge(x: Tensor, sizes: Tensor, merged: Tensor, index: Tensor, source: Tensor, into: Tensor) -> Tensor:
+    """Return the mean `[B, L, C]` of merged rows of x `[B, N, C]`, weighted by the tokens that each stands for.
+
+    A row that nothing is merged into stays as it is, bit by bit.
+    """
+    wide = x.to(merged.dtype)
+    stay, gone = take(wide, index), take(wide, source)
+    kept = sizes.gather(1, index)
+    added = torch.zeros_like(stay).scatter_add(
+        1, into[:, :, None].expand(-1, -1, x.shape[2]), gone * sizes.gather(1, source)[:, :, None]
+    )
+    mean = (stay * kept[:, :, None] + added) / merged[:, :, None]
+    return torch.where((merged == kept)[:, :, None], stay, mean).to(x.dtype)
+
+
+def homes(index: Tensor, source: Tensor, into: Tensor, count: int) -> Tensor:
+    """Return for each of `count` tokens before a merge the place of the token that it is part of afterwards, `[B, count]`."""
+    places = torch.arange(index.shape[1], device=index.device).expand(index.shape[0], -1)
+    return places.new_zeros((index.shape[0], count)).scatter(1, index, places).scatter(1, source, into)
+
+
+def held(positions: Tensor, pinned: tuple[int, ...], count: int) -> Tensor:
+    """Return which tokens at `positions` `[B, N]` of `count` are at a pinned place."""
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    for place in pinned:
+        found = found | (positions == place % count)
+    return found
+
+
+def held_real(positions: Tensor, real: Tensor, pinned: tuple[int, ...]) -> Tensor:
+    """Return the same where places count from the first real token, negative ones from behind the last one; real `[B, N]`."""
+    places = torch.arange(real.shape[1], device=real.device)
+    first = torch.where(real, places, real.shape[1]).amin(-1, keepdim=True)
+    last = torch.where(real, places, -1).amax(-1, keepdim=True)
+    found = torch.zeros_like(positions, dtype=torch.bool)
+    for place in pinned:
+        found = found | (positions == (first + place if place >= 0 else last + 1 + place))
+    return found

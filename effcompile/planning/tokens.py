@@ -1,0 +1,170 @@
+"""Ask a token policy about every stream of a graph: how many tokens are left behind each attention, or why all stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from effcompile.core.errors import ContractError, EffError
+from effcompile.core.mask import Mask
+from effcompile.core.plan import Choice, Decline, Plan
+from effcompile.core.policy import read_policy
+from effcompile.core.site import AttentionSite, Refusal
+from effcompile.core.tokens import FAMILY, TokenReduction, behind
+
+SCHEDULED = "EFF-R109"  # the refusal of an attention behind which the policy's own schedule keeps all tokens
+
+
+@dataclass(frozen=True)
+class StreamSites:
+    """Hold the sites of one stream in order, and the operations that use a token's position (`positions`)."""
+
+    sites: tuple[AttentionSite, ...]
+    positions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """Hold what was decided: `sites` as they are on fewer tokens, and the policy behind each site that has one."""
+
+    sites: tuple[AttentionSite, ...]
+    policies: Mapping[str, TokenReduction]
+    choices: tuple[Choice, ...] = ()
+    declined: tuple[Decline, ...] = ()
+
+
+Narrowing = Callable[[Mask, bool], Mask]
+
+
+def plan_tokens(
+    policy: TokenReduction,
+    sites: Sequence[AttentionSite],
+    streams: Sequence[StreamSites],
+    refusals: Mapping[str, Refusal],
+    training: bool,
+    narrowing: Narrowing,
+) -> TokenPlan:
+    """Decide for every site; `narrowing` gives a mask over fewer tokens, of tokens that were merged or not.
+
+    Raises:
+        EffError: EFF-R110, EFF-R111 where the policy cannot be meant for the sequence.
+    """
+    by_id = {site.id: site for site in sites}
+    policies: dict[str, TokenReduction] = {}
+    choices: list[Choice] = []
+    declined = [Decline(name, FAMILY, policy.spelled, why, by_id[name].source) for name, why in refusals.items()]
+    for stream in streams:
+        why = _refusal(policy, stream, training)
+        if why is not None:
+            declined.extend(Decline(s.id, FAMILY, policy.spelled, why, s.source) for s in stream.sites)
+            continue
+        tokens = _tokens(stream)
+        counts = policy.counts(tokens, len(stream.sites))
+        policy.check_counts(tokens, counts)
+        by_id.update(_narrowed(policy, stream, counts, narrowing))
+        for number, site in enumerate(stream.sites):
+            before, left = behind(number, counts, tokens), counts[number]
+            if left == before:
+                told = Refusal(SCHEDULED, f"the schedule keeps its {before} tokens")
+                declined.append(Decline(site.id, FAMILY, policy.spelled, told, site.source))
+                continue
+            policies[site.id] = policy.settled(left)
+            reason = f"{before} -> {left} of {tokens} tokens"
+            choices.append(Choice(site.id, FAMILY, policies[site.id].spelled, reason))
+    return TokenPlan(tuple(by_id[site.id] for site in sites), policies, tuple(choices), tuple(declined))
+
+
+def replay_tokens(
+    part: Plan,
+    sites: Sequence[AttentionSite],
+    streams: Sequence[StreamSites],
+    training: bool,
+    narrowing: Narrowing,
+    known: Iterable[type[TokenReduction]],
+) -> TokenPlan:
+    """Follow the choices of a plan that was given; raise EFF-P506 for one that cannot be followed."""
+    known = tuple(known)
+    named = {c.site: read_policy(FAMILY, c.policy, known) for c in part.choices if c.family == FAMILY}
+    by_id = {site.id: site for site in sites}
+    placed: set[str] = set()
+    for stream in streams:
+        mine = [(site, named[site.id]) for site in stream.sites if site.id in named]
+        if not mine:
+            continue
+        placed.update(site.id for site, _ in mine)
+        policy = mine[0][1]
+        for site, other in mine:
+            if replace(other, left=0) != replace(policy, left=0):  # type: ignore[type-var]
+                raise _unfit(site.id, f"two policies for one stream: `{policy.spelled}` and `{other.spelled}`")
+        why = _refusal(policy, stream, training)
+        if why is not None:
+            raise _unfit(mine[0][0].id, f"the plan runs it with `{policy.spelled}`, which cannot run it here: {why}")
+        tokens, left, counts = _tokens(stream), _tokens(stream), []
+        for site in stream.sites:
+            if site.id in named:
+                now = named[site.id].left
+                if not 0 < now < left or now < left - named[site.id].most(left):
+                    raise _unfit(site.id, f"the plan leaves {now} of its {left} tokens")
+                left = now
+            counts.append(left)
+        policy.check_counts(tokens, counts)
+        by_id.update(_narrowed(policy, stream, counts, narrowing))
+    for name in named:
+        if name not in placed:
+            raise _unfit(name, "it stands in no stream of tokens")
+    return TokenPlan(tuple(by_id[site.id] for site in sites), named)
+
+
+def _unfit(site: str, reason: str) -> EffError:
+    return EffError("EFF-P506", reason, site=site, hint="eff plan MODEL -o plan.json")
+
+
+def _tokens(stream: StreamSites) -> int:
+    tokens = stream.sites[0].q_len
+    assert isinstance(tokens, int)
+    return tokens
+
+
+def _refusal(policy: TokenReduction, stream: StreamSites, training: bool) -> Refusal | None:
+    if training:
+        return Refusal("EFF-A301", "no gradient flows through this policy", "run inference under torch.no_grad()")
+    if policy.merges and stream.positions:
+        return Refusal(
+            "EFF-R107",
+            f"a merged token has no position, and {stream.positions[0]} asks for it",
+            "spatten drops tokens instead",
+        )
+    for site in stream.sites:
+        why = policy.refuses(site)
+        if why is not None:
+            return replace(why, reason=f"at {site.id}: {why.reason}")
+    return None
+
+
+def _narrowed(
+    policy: TokenReduction, stream: StreamSites, counts: Sequence[int], narrowing: Narrowing
+) -> dict[str, AttentionSite]:
+    tokens = _tokens(stream)
+    found = {}
+    for number, site in enumerate(stream.sites):
+        reach = behind(number, counts, tokens)
+        if reach != tokens:
+            mask = narrowing(site.mask, policy.merges) if isinstance(site.mask, Mask) else site.mask
+            found[site.id] = replace(site, q_len=reach, kv_len=reach, mask=mask)
+    return found
+
+
+def keep_tokens(require: Sequence[tuple[str, str]], plan: Plan) -> None:
+    """Raise EFF-P502 unless streams were shortened behind as many attentions as `require` asks for."""
+    wanted = dict(require).get(FAMILY)
+    if wanted is None:
+        return
+    missed = [item for item in plan.declined if item.family == FAMILY and item.refusal.code != SCHEDULED]
+    count = sum(choice.family == FAMILY for choice in plan.choices)
+    if (wanted == "all" and (missed or not count)) or (wanted != "all" and count < int(wanted)):
+        lines = "".join(f"\n  {m.site} ({m.source or 'no source'}): {m.refusal}" for m in missed)
+        raise ContractError(
+            "EFF-P502",
+            f"`require` tokens={wanted}: shortened behind {count} attentions{lines}",
+            hint="eff explain MODEL shows every reason; drop `require` to run anyway",
+        )

@@ -1,0 +1,249 @@
+"""Shorten streams as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from effcompile.core.attention_call import AttentionCall
+from effcompile.core.expr_eval import to_json
+from effcompile.core.mask import Mask
+from effcompile.core.program import Program
+from effcompile.core.rewrite import Editor, copy_graph
+from effcompile.core.site import AttentionSite
+from effcompile.core.tokens import Step, TokenReduction
+from effcompile.passes.recognize.elements import op_name
+from effcompile.passes.recognize.token_axis import VIEWS, Axis, Place
+from effcompile.passes.recognize.tokens import Stream, streams
+from effcompile.passes.tokens import masks
+from effcompile.passes.tokens.epochs import Epochs
+
+aten = torch.ops.aten
+_ROWS = Axis(Place(1), Place(0))
+
+
+def rewrite_tokens(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    policies: Mapping[str, TokenReduction],
+    portable: bool = False,
+) -> tuple[Program, tuple[AttentionSite, ...]]:
+    """Return the program with streams shortened behind the sites that `policies` names, and the sites as they are then."""
+    if not policies:
+        return program, tuple(sites)
+    by_id = {site.id: site for site in sites}
+    for entry in program.entries:
+        edit = Editor(copy_graph(entry.graph))
+        mine = {site.id: site for site in sites if site.entry == entry.name}
+        for number in range(len(streams(edit.graph, mine))):
+            stream = streams(edit.graph, mine)[number]
+            if any(name in policies for name in stream.sites):
+                _Shortening(edit, stream, policies, by_id, portable).run()
+        program = program.with_graph(entry, edit.finish())
+    return program, tuple(by_id[site.id] for site in sites)
+
+
+class _Shortening:
+    def __init__(
+        self,
+        edit: Editor,
+        stream: Stream,
+        policies: Mapping[str, TokenReduction],
+        sites: dict[str, AttentionSite],
+        portable: bool,
+    ) -> None:
+        self.edit, self.stream, self.policies, self.sites, self.portable = edit, stream, policies, sites, portable
+        self.epochs = Epochs(edit, stream.batch, stream.tokens)
+        self.short: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.restored: dict[fx.Node, fx.Node] = {}
+        self.state: dict[str, tuple[fx.Node, int]] = {}
+        self.behind = {node: name for name, node in stream.behind.items()}
+        self.policy = next(policies[name] for name in stream.sites if name in policies)
+        self._call: tuple[fx.Node, str, int] | None = None
+
+    def run(self) -> None:
+        """Walk along the stream."""
+        stream, merges = self.stream, self.policy.merges
+        for node in list(self.edit.graph.nodes):
+            if node in stream.axis:
+                with self.edit.before(node):
+                    self._make(node)
+                if node in self.behind:
+                    self._shorten(node, self.behind[node])
+            if node in stream.readers or (node in stream.whole and not merges):
+                for arg in node.all_input_nodes:
+                    if arg in self.short and (merges or arg in stream.residual) and self.short[arg][1] > 0:
+                        with self.edit.before(node):
+                            node.replace_input_with(arg, self._restored(arg))
+
+    # --- one operation ---------------------------------------------------------------------------------------------------
+
+    def _make(self, node: fx.Node) -> None:
+        mine = [arg for arg in node.all_input_nodes if arg in self.short]
+        epoch = max((self.short[arg][1] for arg in mine), default=0)
+        is_attention = node.target is torch.ops.eff.attention_v1.default
+        if epoch == 0:
+            made = node
+        elif is_attention:
+            made = self._attention(node, epoch)
+        else:
+            made = self._copied(node, epoch)
+        self.short[node] = (made, epoch)
+        if is_attention and node.meta["eff.site"] in self.stream.sites:
+            self._observe(made, node.meta["eff.site"], epoch)
+
+    def _operand(self, node: fx.Node, arg: fx.Node, epoch: int) -> fx.Node:
+        if arg in self.short:
+            made, known = self.short[arg]
+            axis = self.stream.axis[arg]
+            return made if known == epoch or axis is None else self.epochs.bring(made, axis, known, epoch)
+        axis = self.stream.sides.get(node, {}).get(arg)
+        return arg if axis is None else self.epochs.bring(arg, axis, 0, epoch)
+
+    def _copied(self, node: fx.Node, epoch: int) -> fx.Node:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._operand(node, arg, epoch))
+        name, axis = op_name(node), self.stream.axis[node]
+        if axis is None or (name not in VIEWS and name != "expand"):
+            return self.edit.call(node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
+        shape = [self._extent(size, dim, axis.tokens, epoch) for dim, size in enumerate(node.meta["val"].shape)]
+        op = aten.expand.default if name == "expand" else aten.reshape.default
+        return self.edit.call(op, args[0], shape, like=node)
+
+    def _extent(self, size: Any, dim: int, place: Place, epoch: int) -> Any:
+        if dim != place.dim:
+            return self.edit.size(size)
+        factor = place.before * place.after * self.epochs.counts[epoch]
+        return factor if isinstance(factor, int) else self.edit.symbolic(factor)
+
+    # --- attention -------------------------------------------------------------------------------------------------------
+
+    def _attention(self, node: fx.Node, epoch: int) -> fx.Node:
+        edit, call = self.edit, AttentionCall.of(node)
+        own = node.meta["eff.site"] in self.stream.sites  # cross attention has the keys of another sequence
+        q, k, v = (self._operand(node, x, epoch) if x in self.short else x for x in (call.q, call.k, call.v))
+        where, count = self.epochs.positions(epoch), len(call.loads)
+        real = masks.real_tokens(edit, call, self.stream.batch, self.stream.tokens) if own else None
+        if real is not None:
+            real = self.epochs.bring(real, _ROWS, 0, epoch)
+        sizes = self.epochs.sizes(epoch) if own else None
+        logs = None if sizes is None else edit.call(aten.log.default, sizes)
+        keep, bias = call.keep, call.bias
+        if own and keep is not None:
+            keep = masks.moved(keep, count, count + 1)
+            bias = None if bias is None else masks.at_positions(bias, count)
+            bias = masks.weighed(bias, count + 2) if logs is not None else bias
+        elif keep is not None:
+            keep = masks.for_queries(keep, count)
+            bias = None if bias is None else masks.for_queries(bias, count)
+        # A slot that nothing refers to holds the positions once more.
+        loads = [*call.loads, where, where if real is None else real, where if logs is None else logs]
+        mask = self._mask(call, epoch, own, logs)
+        made = edit.call(
+            torch.ops.eff.attention_v1.default,
+            q,
+            k,
+            v,
+            mask,
+            call.sinks,
+            loads,
+            list(call.sizes),
+            to_json(keep) if keep is not None else "",
+            to_json(bias) if bias is not None else "",
+            to_json(masks.TRUE) if keep is not None else "",
+            call.empty_row,
+            call.scale,
+            call.softcap,
+            like=node,
+        )
+        name = node.meta["eff.site"]
+        site, count = self.sites[name], self.epochs.counts[epoch]
+        seen = site.mask
+        if isinstance(seen, Mask) and keep is not None:
+            seen = replace(seen, keep=keep, bias=bias, soft=masks.TRUE)
+        self.sites[name] = replace(site, q_len=count, kv_len=count if own else site.kv_len, mask=seen)
+        return made
+
+    def _mask(self, call: AttentionCall, epoch: int, own: bool, logs: fx.Node | None) -> fx.Node | None:
+        """Insert the mask as a tensor over the tokens that are left; nothing of it stays where the kernel reads none."""
+        edit, mask = self.edit, call.mask
+        if mask is not None:
+            for dim in (2, 3) if own else (2,):
+                if mask.meta["val"].dim() < 4:
+                    shape = [edit.size(n) for n in mask.meta["val"].shape]
+                    mask = edit.call(aten.reshape.default, mask, [1] * (4 - len(shape)) + shape)
+                if mask.meta["val"].shape[dim] != 1:
+                    mask = self.epochs.bring(mask, Axis(Place(dim), Place(0)), 0, epoch)
+        if logs is None:
+            return mask
+        wide = call.q.meta["val"].dtype
+        column = edit.call(
+            aten.unsqueeze.default, edit.call(aten.unsqueeze.default, edit.call(aten.to.dtype, logs, wide), 1), 1
+        )
+        if mask is None:
+            return column
+        if mask.meta["val"].dtype == torch.bool:
+            none = edit.call(aten.logical_not.default, mask)
+            return edit.call(aten.masked_fill.Scalar, column, none, float("-inf"))
+        return edit.call(aten.add.Tensor, mask, column)
+
+    # --- policies ----------------------------------------------------------------------------------------------------------
+
+    def _step(self, made: fx.Node, name: str, epoch: int, left: int) -> Step:
+        call = AttentionCall.of(made)
+        original = self._source(name)
+        real = masks.real_tokens(self.edit, AttentionCall.of(original), self.stream.batch, self.stream.tokens)
+        held = self.epochs.held(epoch, self.policy.pinned, real)
+        now = None if real is None else self.epochs.bring(real, _ROWS, 0, epoch)
+        state = {key: self.epochs.bring(value, _ROWS, known, epoch) for key, (value, known) in self.state.items()}
+        return Step(
+            self.edit,
+            call,
+            self.sites[name],
+            self.stream.sites.index(name),
+            self.epochs.counts[epoch],
+            left,
+            self.portable,
+            held,
+            now,
+            self.epochs.sizes(epoch),
+            state,
+        )
+
+    def _source(self, name: str) -> fx.Node:
+        return next(n for n in self.edit.graph.nodes if n.meta.get("eff.site") == name and n in self.stream.axis)
+
+    def _observe(self, made: fx.Node, name: str, epoch: int) -> None:
+        self._call = (made, name, epoch)
+        if self.policy.watches:
+            step = self._step(made, name, epoch, 0)
+            self.policy.observe(step)
+            self.state = {key: (value, epoch) for key, value in step.state.items()}
+
+    def _shorten(self, node: fx.Node, name: str) -> None:
+        policy = self.policies.get(name)
+        if policy is None:
+            return
+        assert self._call is not None and self._call[1] == name
+        made, _, epoch = self._call
+        value, known = self.short[node]
+        axis = self.stream.axis[node]
+        assert axis is not None
+        following = node.next
+        with self.edit.before(following):
+            value = value if known == epoch else self.epochs.bring(value, axis, known, epoch)
+            step = replace(self._step(made, name, epoch, policy.left), stream=value)
+            kept = policy.choose(step)
+            self.short[node] = (self.epochs.begin(value, kept, policy.left), epoch + 1)
+            self.state = {key: (item, epoch) for key, item in step.state.items()}
+
+    def _restored(self, node: fx.Node) -> fx.Node:
+        if node not in self.restored:
+            made, epoch = self.short[node]
+            axis = self.stream.axis[node]
+            assert axis is not None
+            self.restored[node] = self.epochs.restore(made, axis, epoch)
+        return self.restored[node]

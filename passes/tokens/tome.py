@@ -1,0 +1,72 @@
+"""Merge tokens that are alike, a few behind every attention (ToMe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from effcompile.core.mask import Mask
+from effcompile.core.policy import check_whole
+from effcompile.core.site import AttentionSite, Refusal
+from effcompile.core.tokens import Kept, Step, TokenReduction, check_places, check_ratio
+from effcompile.ops.tokens.choice import match_pairs
+
+
+@dataclass(frozen=True)
+class ToMe(TokenReduction):
+    """Merge until a share of `ratio` of the tokens is gone behind the last layer, the same number behind each after the `first` ones.
+
+    Tokens are alike where the means of their keys over heads are. A token that stands for several weighs that much more in
+    attention (log of the number, added to its scores). Original positions get the value of what they became part of.
+    """
+
+    ratio: float = 0.5
+    first: int = 0
+    pinned: tuple[int, ...] = (0,)
+    left: int = 0
+
+    name: ClassVar[str] = "tome"
+    paper: ClassVar[str] = "arXiv:2210.09461"
+    merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_ratio(self, "ratio")
+        check_whole(self, "first")
+        check_places(self, "pinned")
+        check_whole(self, "left")
+
+    def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
+        """Return equal steps, none larger than half of the tokens that are not pinned."""
+        layers = max(1, attentions - self.first)
+        target, left, found = tokens - int(self.ratio * tokens), tokens, []
+        for number in range(attentions):
+            if number >= self.first:
+                wanted = tokens - (tokens - target) * (number - self.first + 1) // layers
+                left = max(wanted, left - self.most(left))
+            found.append(left)
+        return tuple(found)
+
+    def most(self, tokens: int) -> int:
+        """Return how many of `tokens` can be merged at once."""
+        return max(0, tokens // 2 - len(self.pinned))
+
+    def refuses(self, site: AttentionSite) -> Refusal | None:
+        """Refuse masks: a merged token has no single position, and would show what a mask hides."""
+        if not isinstance(site.mask, Mask) or not site.mask.is_full:
+            return Refusal(
+                "EFF-R106",
+                f"mask {site.mask}: a merged token has no position of its own",
+                "spatten drops tokens instead",
+            )
+        return None
+
+    def choose(self, step: Step) -> Kept:
+        """Insert the matching."""
+        held, merged, stable = step.held, step.tokens - step.left, not step.portable
+
+        def pairs(keys: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return match_pairs(keys, rest[0] if rest else None, merged, stable)
+
+        return Kept(*step.edit.inline_all(pairs, step.call.k, *([] if held is None else [held])))
