@@ -129,7 +129,7 @@ def compile_program(
     keep_contract(plan, options.require, found.sites, found.missed, asked=sorted(asked))
     left = [(item.site.id, item.site.source, str(item.refusal)) for item in experts.missed]
     planning_experts.keep_experts(options.require, len(experts.sites), left)
-    planning_tokens.keep_tokens(options.require, plan)
+    planning_tokens.keep_tokens(options.require, (plan,))
     dump.text("plan.json", plan.to_json())
     clock.lap("plan")
 
@@ -233,17 +233,15 @@ def _plan_tokens(
     program: Program, found: Recognized, experts: RecognizedExperts, options: Options
 ) -> planning_tokens.TokenPlan:
     """Decide how many tokens reach each site; without a token policy nothing is looked for."""
-    asked, given = asked_tokens(options), options.plan
+    asked, given, training = asked_tokens(options), options.plan, program.requires_grad
     known = {site.id: site.fingerprint for site in found.sites} | planning_experts.fingerprints(experts.sites)
-    part = None if given is None else given.part(known, program.requires_grad)
+    part = None if given is None else given.part(known, training)
     if asked is None and (part is None or all(choice.family != TOKENS for choice in part.choices)):
         return planning_tokens.TokenPlan(found.sites, {})
     streams, refusals = recognize_tokens(program, found.sites)
     held = [planning_tokens.StreamSites(*stream) for stream in streams]
-    training = program.requires_grad
-    if part is not None:
+    if asked is None:
         return planning_tokens.replay_tokens(part, found.sites, held, training, narrowed, all_tokens())
-    assert asked is not None
     return planning_tokens.plan_tokens(asked, found.sites, held, refusals, training, narrowed)
 
 
@@ -309,12 +307,7 @@ def asked_policies(options: Options) -> tuple[Policy, ...]:
         EffError: EFF-U014, EFF-U003 or EFF-U004 where one is misspelled, EFF-U015 beside a plan.
     """
     asked = [(family, text) for family, text in options.families if family in SITE_FAMILIES]
-    if asked and options.plan is not None:
-        raise EffError(
-            "EFF-U015",
-            f"`{asked[0][0]}` together with `plan`, which names the policies of every site",
-            hint="edit the plan, or leave one of them out",
-        )
+    _not_beside_a_plan(options, asked[0][0] if asked else "")
     known = all_policies()
     return tuple(read_policy(family, text, known) for family, text in sorted(asked, key=lambda item: _order(item[0])))
 
@@ -325,19 +318,19 @@ def all_tokens() -> tuple[type[TokenReduction], ...]:
 
 
 def asked_tokens(options: Options) -> TokenReduction | None:
-    """Return the token policy that the options ask for.
-
-    Raises:
-        EffError: as `asked_policies`.
-    """
+    """Return the token policy that the options ask for; raise as `asked_policies` does."""
     text = dict(options.families).get(TOKENS)
-    if text is not None and options.plan is not None:
+    _not_beside_a_plan(options, TOKENS if text is not None else "")
+    return None if text is None else read_policy(TOKENS, text, all_tokens())
+
+
+def _not_beside_a_plan(options: Options, family: str) -> None:
+    if family and options.plan is not None:
         raise EffError(
             "EFF-U015",
-            f"`{TOKENS}` together with `plan`, which names the policy of every site",
+            f"`{family}` together with `plan`, which names the policy of every site",
             hint="edit the plan, or leave one of them out",
         )
-    return None if text is None else read_policy(TOKENS, text, all_tokens())
 
 
 def policies_of(plan: Plan) -> dict[str, tuple[Policy, ...]]:
@@ -367,12 +360,7 @@ def asked_dispatch(options: Options) -> str:
     """
     asked = dict(options.families).get(FAMILY, "")
     planning_experts.check_asked(asked, all_dispatches())
-    if asked and options.plan is not None:
-        raise EffError(
-            "EFF-U015",
-            f"`{FAMILY}` together with `plan`, which names the dispatch of every site",
-            hint="edit the plan, or leave one of them out",
-        )
+    _not_beside_a_plan(options, FAMILY if asked else "")
     return asked
 
 

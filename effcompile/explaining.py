@@ -32,6 +32,7 @@ from effcompile.core.policy import SITE_FAMILIES
 from effcompile.core.program import Break, Program
 from effcompile.core.site import AttentionSite, place
 from effcompile.core.target import Target
+from effcompile.core.tokens import FAMILY as TOKENS
 from effcompile.lowering.attention import estimate
 from effcompile.lowering.rates import attained
 from effcompile.modules import attention_modules, expert_modules, holders
@@ -246,6 +247,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
         choice = compiled.plan.within(compiled.range).of(site.id, KERNEL)
         policies = [c for family in SITE_FAMILIES if (c := compiled.plan.of(site.id, family)) is not None]
         assert choice is not None, f"no kernel was chosen for {site.id}"
+        shorter = compiled.plan.of(site.id, TOKENS)
         declined = tuple(d for d in compiled.plan.declined if d.site == site.id)
         rows.append(
             SiteRow(
@@ -263,6 +265,7 @@ def _rows(compiled: Compiled, graph: SeenGraph, number: int, price: _Pricer) -> 
                 pays=() if policies else price.pays(site),
                 policy=", ".join(choice.policy for choice in policies),
                 density="; ".join(choice.reason for choice in policies),
+                tokens="" if shorter is None else f"{shorter.policy}: {shorter.reason}",
             )
         )
     return rows

@@ -16,7 +16,6 @@ from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
 from effcompile.core.errors import EffError
-from effcompile.core.mask import Mask
 from effcompile.core.policy import Exactness, Method, refused_value
 from effcompile.core.site import AttentionSite, Refusal
 
@@ -24,20 +23,22 @@ if TYPE_CHECKING:
     from effcompile.core.rewrite import Editor
 
 FAMILY = "tokens"
+SCHEDULED = "EFF-R109"  # the refusal of an attention behind which the policy's own schedule keeps all tokens
+Pins = tuple[int | tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Say which tokens go on: `index` `[B, left]` int64 in rising order, places among the tokens that came.
+    """Say which tokens go on: `index` `[B, L]` int64 in rising order, places among the tokens that came.
 
     Of a merge, `source` `[B, r]` are the places of those that go, and `into` `[B, r]` the places, among those that go on, of the
-    tokens that they become part of. Of tokens that are dropped and summed up in one more token, `rest` is that token `[B, 1, C]`.
+    tokens that they become part of. With `weights` `[B, N]` one more token goes on behind the others: the weighted sum of all.
     """
 
     index: fx.Node
     source: fx.Node | None = None
     into: fx.Node | None = None
-    rest: fx.Node | None = None
+    weights: fx.Node | None = None
 
 
 @dataclass
@@ -66,16 +67,18 @@ class Step:
 class TokenReduction(Method):
     """Answer which tokens later layers work on.
 
-    Subclasses are frozen dataclasses with at least the fields `pinned` (places of tokens that always stay, negative ones from the
-    end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `merges` says that tokens are merged and
-    not dropped, `watches` that `observe` wants to see also attentions behind which nothing is dropped.
+    Subclasses are frozen dataclasses with at least the fields `pinned` (places and ranges of tokens that always stay, negative ones
+    from the end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `merges` says that tokens are merged
+    and not dropped, `placed` that every token has a position of its own, `watches` that `observe` wants to see also attentions
+    behind which nothing is dropped.
     """
 
     family: ClassVar[str] = FAMILY
     exactness: ClassVar[Exactness] = "lossy"
     merges: ClassVar[bool] = False
+    placed: ClassVar[bool] = True
     watches: ClassVar[bool] = False
-    pinned: tuple[int, ...]
+    pinned: Pins
     left: int
 
     @abstractmethod
@@ -101,24 +104,26 @@ class TokenReduction(Method):
         """Return the policy as a plan names it behind one attention."""
         return replace(self, left=left)  # type: ignore[type-var]
 
-    def check_pinned(self, tokens: int) -> tuple[int, ...]:
-        """Return the places of pinned tokens, counted from the front.
+    def pins(self, tokens: int) -> int:
+        """Return how many of `tokens` are pinned.
 
         Raises:
             EffError: EFF-R110 for a place outside the sequence.
         """
-        for place in self.pinned:
-            if not -tokens <= place < tokens:
+        held: set[int] = set()
+        for begin, count in spans(self.pinned):
+            if not -tokens <= begin < tokens or begin % tokens + count > tokens:
                 raise EffError(
                     "EFF-R110",
-                    f"`{self.name}` pins token {place} of a sequence of {tokens}",
+                    f"`{self.spelled}` pins token {begin if count == 1 else begin + count - 1} of a sequence of {tokens}",
                     hint=f"places go from {-tokens} to {tokens - 1}",
                 )
-        return tuple(sorted({place % tokens for place in self.pinned}))
+            held.update(range(begin % tokens, begin % tokens + count))
+        return len(held)
 
     def check_counts(self, tokens: int, counts: Sequence[int]) -> None:
         """Raise EFF-R111 unless every count leaves the pinned tokens, and one at least."""
-        least = max(1, len(self.check_pinned(tokens)))
+        least = max(1, self.pins(tokens))
         for count in counts:
             if count < least:
                 raise EffError(
@@ -135,18 +140,27 @@ def check_ratio(policy: Method, field_name: str) -> None:
         raise refused_value(policy, field_name, "at least 0 and below 1")
 
 
-def check_places(policy: Method, field_name: str) -> None:
-    """Raise EFF-U004 unless the field is a list of whole numbers."""
+def check_pins(policy: Method, field_name: str) -> None:
+    """Raise EFF-U004 unless the field is a list of places and of ranges `[begin, end]`, ends excluded; make tuples of ranges."""
     value: Any = getattr(policy, field_name)
-    if not isinstance(value, tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in value):
-        raise refused_value(policy, field_name, "a list of whole numbers, such as [0]")
+    listed = tuple(tuple(n) if isinstance(n, list) else n for n in value) if isinstance(value, tuple) else None
+    wanted = "a list of places and of ranges [begin, end], such as [0,[5,9],-1]"
+    if listed is None:
+        raise refused_value(policy, field_name, wanted)
+    for item in listed:
+        numbers = item if isinstance(item, tuple) else (item,)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers) or not 1 <= len(numbers) <= 2:
+            raise refused_value(policy, field_name, wanted)
+        if len(numbers) == 2 and not (numbers[0] < numbers[1] and (numbers[0] < 0) == (numbers[1] <= 0)):
+            raise refused_value(policy, field_name, wanted)
+    object.__setattr__(policy, field_name, listed)
+
+
+def spans(pinned: Pins) -> tuple[tuple[int, int], ...]:
+    """Return (first place, how many) of each pinned place or range."""
+    return tuple((n, 1) if isinstance(n, int) else (n[0], n[1] - n[0]) for n in pinned)
 
 
 def behind(number: int, counts: Sequence[int], tokens: int) -> int:
     """Return how many tokens reach attention `number` of a stream."""
     return tokens if number == 0 else counts[number - 1]
-
-
-def mask_is_full(site: AttentionSite) -> bool:
-    """Tell whether every query of a site reads every key."""
-    return isinstance(site.mask, Mask) and site.mask.is_full

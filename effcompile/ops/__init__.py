@@ -38,6 +38,7 @@ def register() -> None:
         versatile_ffn,
     )
     from effcompile.ops.selectors import antidiagonal, pages, pooled, topk, vertical_slash
+    from effcompile.ops.tokens import mass
 
     selectors = (topk, pages, antidiagonal, pooled, vertical_slash)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
@@ -52,6 +53,7 @@ def register() -> None:
         kv,
         linear,
         mask_tensor,
+        mass,
         moe,
         moe_capacity,
         moe_quantized,

@@ -21,6 +21,7 @@ from effcompile.planning.expert_rows import ExpertRow, expert_lines
 from effcompile.planning.experts import keep_experts
 from effcompile.planning.folding import fold
 from effcompile.planning.pricing import Floor, Pays
+from effcompile.planning.tokens import keep_tokens
 
 SCHEMA = 1
 
@@ -49,6 +50,7 @@ class SiteRow:
     pays: tuple[Pays, ...] = ()
     policy: str = ""
     density: str = ""
+    tokens: str = ""
 
     @property
     def kept_dense(self) -> Decline | None:
@@ -65,6 +67,7 @@ class SiteRow:
             "instances": self.instances,
             "policy": self.policy,
             "density": self.density,
+            "tokens": self.tokens,
             "kernel": self.kernel,
             "reason": self.reason,
             "seconds": self.seconds,
@@ -222,6 +225,7 @@ class Explanation:
     def keep_contract(self, require: Sequence[tuple[str, str]]) -> None:
         """Raise `EFF-P502` with the list of what was missed unless the module tree has what `require` asks for."""
         keep_experts(require, sum(len(row.places) for row in self.experts), self.experts_kept)
+        keep_tokens(require, [graph.plan for graph in self.graphs if graph.plan is not None])
         for family, wanted in require:
             if family != "attention":
                 continue
@@ -297,6 +301,7 @@ def groups(rows: Sequence[SiteRow]) -> tuple[Group, ...]:
             *sorted((k, str(v)) for k, v in site.items()),
             row.kernel,
             row.policy,
+            row.tokens,
             *(str(d.refusal) for d in row.declined),
         )
         found.setdefault(key, []).append(row)
@@ -355,6 +360,8 @@ def text(explanation: Explanation) -> str:
         lines.extend(f"    t{n} is {name}" for n, name in enumerate(row.site.tensors))
         if row.policy:
             lines.append(f"    {row.policy}: {row.density}")
+        if row.tokens:
+            lines.append(f"    behind it {row.tokens}")
         lines.append(
             f"    {row.kernel}: {duration(group.seconds)} ({row.tag}); floor {duration(row.floor.seconds)} a site "
             f"({row.floor.bound})   {brief(row.site.source)}"

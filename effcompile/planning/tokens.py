@@ -10,9 +10,7 @@ from effcompile.core.mask import Mask
 from effcompile.core.plan import Choice, Decline, Plan
 from effcompile.core.policy import read_policy
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.tokens import FAMILY, TokenReduction, behind
-
-SCHEDULED = "EFF-R109"  # the refusal of an attention behind which the policy's own schedule keeps all tokens
+from effcompile.core.tokens import FAMILY, SCHEDULED, TokenReduction, behind
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def plan_tokens(
 
 
 def replay_tokens(
-    part: Plan,
+    part: Plan | None,
     sites: Sequence[AttentionSite],
     streams: Sequence[StreamSites],
     training: bool,
@@ -83,6 +81,7 @@ def replay_tokens(
     known: Iterable[type[TokenReduction]],
 ) -> TokenPlan:
     """Follow the choices of a plan that was given; raise EFF-P506 for one that cannot be followed."""
+    assert part is not None
     known = tuple(known)
     named = {c.site: read_policy(FAMILY, c.policy, known) for c in part.choices if c.family == FAMILY}
     by_id = {site.id: site for site in sites}
@@ -128,7 +127,7 @@ def _tokens(stream: StreamSites) -> int:
 def _refusal(policy: TokenReduction, stream: StreamSites, training: bool) -> Refusal | None:
     if training:
         return Refusal("EFF-A301", "no gradient flows through this policy", "run inference under torch.no_grad()")
-    if policy.merges and stream.positions:
+    if not policy.placed and stream.positions:
         return Refusal(
             "EFF-R107",
             f"a merged token has no position, and {stream.positions[0]} asks for it",
@@ -154,13 +153,13 @@ def _narrowed(
     return found
 
 
-def keep_tokens(require: Sequence[tuple[str, str]], plan: Plan) -> None:
+def keep_tokens(require: Sequence[tuple[str, str]], plans: Sequence[Plan]) -> None:
     """Raise EFF-P502 unless streams were shortened behind as many attentions as `require` asks for."""
     wanted = dict(require).get(FAMILY)
     if wanted is None:
         return
-    missed = [item for item in plan.declined if item.family == FAMILY and item.refusal.code != SCHEDULED]
-    count = sum(choice.family == FAMILY for choice in plan.choices)
+    missed = [item for p in plans for item in p.declined if item.family == FAMILY and item.refusal.code != SCHEDULED]
+    count = sum(choice.family == FAMILY for p in plans for choice in p.choices)
     if (wanted == "all" and (missed or not count)) or (wanted != "all" and count < int(wanted)):
         lines = "".join(f"\n  {m.site} ({m.source or 'no source'}): {m.refusal}" for m in missed)
         raise ContractError(

@@ -140,9 +140,7 @@ class Follower:
         found: set[Axis] = set()
         for arg in node.all_input_nodes:
             if arg in known:
-                found.add(
-                    known[arg].moved(lambda place, by=out - rank(arg): Place(place.dim + by, place.before, place.after))
-                )  # type: ignore[misc]
+                found.add(_from_behind(known[arg], out - rank(arg)))
         if len(found) != 1:
             raise Reads("it pairs different tokens")
         (axis,) = found
@@ -299,6 +297,11 @@ _RULES: dict[str, Callable[[Follower, fx.Node, fx.Node, Axis], Axis]] = {
     **dict.fromkeys(("slice", "split", "split_with_sizes", "chunk"), Follower._cut),
     "expand": Follower._expanded,
 }
+
+
+def _from_behind(axis: Axis, by: int) -> Axis:
+    """Return the axis of an operand as broadcasting lines it up with a result of `by` more dimensions."""
+    return axis.moved(lambda place: Place(place.dim + by, place.before, place.after))
 
 
 def rank(node: fx.Node) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from effcompile.core.rewrite import Editor
-from effcompile.core.tokens import Kept
+from effcompile.core.tokens import Kept, Pins, spans
 from effcompile.ops.tokens import rows
 from effcompile.passes.recognize.token_axis import Axis
 
@@ -34,11 +34,15 @@ class Epochs:
         self._kept.append(kept)
         where, sizes = self._positions[epoch], self._sizes[epoch]
         self.counts.append(left)
-        self._positions.append(kept.index if where is None else edit.inline(rows.take, where, kept.index))
+        places = kept.index if where is None else edit.inline(rows.take, where, kept.index)
+        self._positions.append(
+            places if kept.weights is None else edit.call(aten.pad.default, places, [0, 1], "constant", -1)
+        )
         if kept.source is None:
             self._sizes.append(sizes)
-            out = edit.inline(rows.take, value, kept.index)
-            return out
+            if kept.weights is not None:
+                return edit.inline(rows.take_and_sum, value, kept.index, kept.weights)
+            return edit.inline(rows.take, value, kept.index)
         if sizes is None:
             sizes = self._ones(value)
             self._sizes[epoch] = sizes
@@ -66,7 +70,7 @@ class Epochs:
             return value
         key = (value, axis, epoch)
         if key not in self._brought:
-            if known == 0 and all(kept.source is None for kept in self._kept[:epoch]):
+            if known == 0 and all(kept.source is None and kept.weights is None for kept in self._kept[:epoch]):
                 made = self._taken(value, axis, self.positions(epoch))
             else:
                 made = self._brought_once(self.bring(value, axis, known, epoch - 1), axis, epoch - 1)
@@ -75,6 +79,8 @@ class Epochs:
 
     def _brought_once(self, value: fx.Node, axis: Axis, epoch: int) -> fx.Node:
         kept, last = self._kept[epoch], value.meta["val"]
+        if kept.weights is not None and last.dtype.is_floating_point and last.dim() == 3:
+            return self.edit.inline(rows.take_and_sum, value, kept.index, kept.weights)
         if kept.source is None or not last.dtype.is_floating_point or last.dim() != 3:
             return self._taken(value, axis, kept.index)
         return self.edit.inline(
@@ -90,7 +96,7 @@ class Epochs:
         token, batch = token + missing, batch + missing
         return edit.inline(lambda x, where: rows.take_along(x, where, batch, token), value, index)
 
-    def held(self, epoch: int, pinned: tuple[int, ...], real: fx.Node | None) -> fx.Node | None:
+    def held(self, epoch: int, pinned: Pins, real: fx.Node | None) -> fx.Node | None:
         """Return which tokens of an epoch are pinned, `[B, N]` bool; places count among the real tokens of a sequence."""
         if not pinned:
             return None
@@ -103,9 +109,9 @@ class Epochs:
                 row = edit.call(aten.arange.default, count, device=device)
                 where = edit.call(aten.expand.default, row, [edit.size(self.batch), count])
             if real is None:
-                self._held[key] = edit.inline(lambda at: rows.held(at, pinned, count), where)
+                self._held[key] = edit.inline(lambda at: rows.held(at, spans(pinned), count), where)
             else:
-                self._held[key] = edit.inline(lambda at, mask: rows.held_real(at, mask, pinned), where, real)
+                self._held[key] = edit.inline(lambda at, mask: rows.held_real(at, mask, spans(pinned)), where, real)
         return self._held[key]
 
     @property
@@ -117,7 +123,9 @@ class Epochs:
         for step in reversed(range(epoch)):
             kept = self._kept[step]
             if kept.source is None:
-                value = self.edit.inline(rows.put_back, self._before[step], value, kept.index)
+                value = self.edit.inline(
+                    rows.put_back, self._before[step], value, kept.index
+                )  # a sum of tokens has no place
             else:
                 value = self._unmerged(value, axis, kept, self.counts[step])
         return value

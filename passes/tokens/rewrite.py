@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from effcompile.core.attention_call import AttentionCall
+from effcompile.core.expr import TRUE
 from effcompile.core.expr_eval import to_json
 from effcompile.core.mask import Mask
 from effcompile.core.program import Program
@@ -153,7 +154,7 @@ class _Shortening:
             list(call.sizes),
             to_json(keep) if keep is not None else "",
             to_json(bias) if bias is not None else "",
-            to_json(masks.TRUE) if keep is not None else "",
+            to_json(TRUE) if keep is not None else "",
             call.empty_row,
             call.scale,
             call.softcap,
@@ -163,7 +164,7 @@ class _Shortening:
         site, count = self.sites[name], self.epochs.counts[epoch]
         seen = site.mask
         if isinstance(seen, Mask) and keep is not None:
-            seen = replace(seen, keep=keep, bias=bias, soft=masks.TRUE)
+            seen = replace(seen, keep=keep, bias=bias, soft=TRUE)
         self.sites[name] = replace(site, q_len=count, kv_len=count if own else site.kv_len, mask=seen)
         return made
 
@@ -227,8 +228,9 @@ class _Shortening:
         policy = self.policies.get(name)
         if policy is None:
             return
-        assert self._call is not None and self._call[1] == name
-        made, _, epoch = self._call
+        assert self._call is not None
+        made, seen, epoch = self._call
+        assert seen == name
         value, known = self.short[node]
         axis = self.stream.axis[node]
         assert axis is not None

@@ -10,13 +10,13 @@ from torch import Tensor
 from effcompile.core.mask import Mask
 from effcompile.core.policy import check_whole
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.tokens import Kept, Step, TokenReduction, check_places, check_ratio
+from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_pins, check_ratio, spans
 from effcompile.ops.tokens.choice import match_pairs
 
 
 @dataclass(frozen=True)
 class ToMe(TokenReduction):
-    """Merge until a share of `ratio` of the tokens is gone behind the last layer, the same number behind each after the `first` ones.
+    """Merge until a share of `ratio` of the tokens is gone behind the last layer, as many behind each but the `first`.
 
     Tokens are alike where the means of their keys over heads are. A token that stands for several weighs that much more in
     attention (log of the number, added to its scores). Original positions get the value of what they became part of.
@@ -24,33 +24,34 @@ class ToMe(TokenReduction):
 
     ratio: float = 0.5
     first: int = 0
-    pinned: tuple[int, ...] = (0,)
+    pinned: Pins = (0,)
     left: int = 0
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "arXiv:2210.09461"
     merges: ClassVar[bool] = True
+    placed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_ratio(self, "ratio")
         check_whole(self, "first")
-        check_places(self, "pinned")
+        check_pins(self, "pinned")
         check_whole(self, "left")
 
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
         """Return equal steps, none larger than half of the tokens that are not pinned."""
-        layers = max(1, attentions - self.first)
+        layers, pins = max(1, attentions - self.first), self.pins(tokens)
         target, left, found = tokens - int(self.ratio * tokens), tokens, []
         for number in range(attentions):
             if number >= self.first:
                 wanted = tokens - (tokens - target) * (number - self.first + 1) // layers
-                left = max(wanted, left - self.most(left))
+                left = max(wanted, left - max(0, left // 2 - pins))
             found.append(left)
         return tuple(found)
 
     def most(self, tokens: int) -> int:
         """Return how many of `tokens` can be merged at once."""
-        return max(0, tokens // 2 - len(self.pinned))
+        return max(0, tokens // 2 - sum(count for _, count in spans(self.pinned)))
 
     def refuses(self, site: AttentionSite) -> Refusal | None:
         """Refuse masks: a merged token has no single position, and would show what a mask hides."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Spans = tuple[tuple[int, int], ...]
+
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Return rows `[B, L, ...]` of x `[B, N, ...]`."""
@@ -22,9 +24,15 @@ def take_along(x: Tensor, index: Tensor, batch: int, token: int) -> Tensor:
     return x.expand(wide).gather(token, where.reshape(shape).expand(many))
 
 
+def take_and_sum(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return rows `[B, L + 1, C]` of x `[B, N, C]`: those at `index`, and behind them the sum of all, weighted by `[B, N]`."""
+    total = weights.to(x.dtype)[:, None] @ x
+    return torch.cat([take(x, index), total], 1)
+
+
 def put_back(before: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """Return `before` `[B, N, C]` with rows x `[B, L, C]` in the places `index`."""
-    return before.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), x)
+    """Return `before` `[B, N, C]` with the first L rows of x in the places `index` `[B, L]`."""
+    return before.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), x[:, : index.shape[1]])
 
 
 def merge_sizes(sizes: Tensor, index: Tensor, source: Tensor, into: Tensor) -> Tensor:
@@ -53,20 +61,22 @@ def homes(index: Tensor, source: Tensor, into: Tensor, count: int) -> Tensor:
     return places.new_zeros((index.shape[0], count)).scatter(1, index, places).scatter(1, source, into)
 
 
-def held(positions: Tensor, pinned: tuple[int, ...], count: int) -> Tensor:
-    """Return which tokens at `positions` `[B, N]` of `count` are at a pinned place."""
+def held(positions: Tensor, pinned: Spans, count: int) -> Tensor:
+    """Return which tokens at `positions` `[B, N]` of `count` are in a pinned span (first place, how many)."""
     found = torch.zeros_like(positions, dtype=torch.bool)
-    for place in pinned:
-        found = found | (positions == place % count)
+    for begin, many in pinned:
+        at = positions - begin % count
+        found = found | ((at >= 0) & (at < many))
     return found
 
 
-def held_real(positions: Tensor, real: Tensor, pinned: tuple[int, ...]) -> Tensor:
+def held_real(positions: Tensor, real: Tensor, pinned: Spans) -> Tensor:
     """Return the same where places count from the first real token, negative ones from behind the last one; real `[B, N]`."""
     places = torch.arange(real.shape[1], device=real.device)
     first = torch.where(real, places, real.shape[1]).amin(-1, keepdim=True)
     last = torch.where(real, places, -1).amax(-1, keepdim=True)
     found = torch.zeros_like(positions, dtype=torch.bool)
-    for place in pinned:
-        found = found | (positions == (first + place if place >= 0 else last + 1 + place))
+    for begin, many in pinned:
+        at = positions - (first + begin if begin >= 0 else last + 1 + begin)
+        found = found | ((at >= 0) & (at < many) & (positions >= first) & (positions <= last))
     return found
