@@ -44,7 +44,8 @@ class Stream:
 
     `sites` are its attentions in order, `axis` the token axis of each value behind the first one, `behind` the value that can be
     shortened behind an attention (by site id), `sides` the operands from elsewhere that have an element for every token, by node,
-    `residual` the values that can be restored, `readers` what needs every token, `whole` what runs on all tokens for readers.
+    `residual` the values that can be restored, `readers` what needs every token, `whole` what runs on all tokens for readers,
+    `beyond` the attentions that derive from a reader.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Stream:
     readers: dict[fx.Node, Reader] = field(default_factory=dict)
     whole: set[fx.Node] = field(default_factory=set)
     refusal: Refusal | None = None
+    beyond: list[str] = field(default_factory=list)
 
 
 def recognize_tokens(
@@ -111,7 +113,10 @@ def streams(
         name = str(node.meta.get("eff.site", ""))
         if node.target is not torch.ops.eff.attention_v1.default or name not in sites:
             continue
-        if any(name in stream.sites for stream in found):
+        before = next((s for s in found if name in s.sites or (s.refusal is not None and name in s.beyond)), None)
+        if before is not None:
+            if name in before.beyond and before.refusal is not None:
+                refusals[name] = before.refusal
             continue
         refusal = _unfit(sites[name])
         if refusal is not None:
@@ -150,17 +155,20 @@ def _followed(graph: fx.Graph, first: fx.Node, sites: dict[str, AttentionSite]) 
             stream.sites.append(node.meta["eff.site"])
             stream.axis[node] = heads
             continue
-        if is_site and _asks(node, stream, heads):
+        if is_site and _asks(node, stream, heads, lost):
             stream.axis[node] = heads  # cross attention: each token asks for itself
             continue
         mine = [arg for arg in node.all_input_nodes if arg in stream.axis]
+        behind = next((lost[arg] for arg in node.all_input_nodes if arg in lost), None)
+        if is_site and behind is not None:
+            name = node.meta["eff.site"]
+            stream.beyond.append(name)
+            if str(sites[name].q_len) == str(stream.tokens) and stream.refusal is None:
+                why = f"{stream.readers[behind]} stands between two attentions"
+                stream.refusal = Refusal("EFF-R104", why, "a KV cache joins its keys so: use_cache=False")
         if not mine:
-            behind = next((lost[arg] for arg in node.all_input_nodes if arg in lost), None)
             if behind is not None:
                 lost[node] = behind
-            if is_site and behind is not None and str(sites[node.meta["eff.site"]].q_len) == str(stream.tokens):
-                reader = stream.readers[behind]
-                stream.refusal = Refusal("EFF-R104", f"{reader} stands between two attentions")
             continue
         known = {arg: axis for arg in mine if (axis := stream.axis[arg]) is not None}
         try:
@@ -189,10 +197,10 @@ def _carried(node: fx.Node, stream: Stream, heads: Axis) -> bool:
     return all(stream.axis.get(x) == heads for x in (call.q, call.k, call.v))
 
 
-def _asks(node: fx.Node, stream: Stream, heads: Axis) -> bool:
+def _asks(node: fx.Node, stream: Stream, heads: Axis, lost: dict[fx.Node, fx.Node]) -> bool:
     call = AttentionCall.of(node)
     others = [arg for arg in node.all_input_nodes if arg is not call.q]
-    return stream.axis.get(call.q) == heads and not any(arg in stream.axis for arg in others)
+    return stream.axis.get(call.q) == heads and not any(arg in stream.axis or arg in lost for arg in others)
 
 
 def _find_behind(graph: fx.Graph, stream: Stream) -> None:
