@@ -2,19 +2,19 @@
 
     eff.export(model, args, to="onnx", out="out/")
 
-Today the form is ONNX: the program is captured by torch.export with sizes that may vary, its exact rewrites run for a target
-whose graphs hold standard operators alone, torch translates it, and ONNX Runtime must give eager's numbers at two values of
-every size that varies before anything is at `out`. A policy that was asked for and has no form there is an error, unless
+The program is captured by torch.export with sizes that may vary, its rewrites run for the target, and the emitter of the form
+(`codegen/emitters`) writes the files. Where the form runs on this machine, it must give eager's numbers at two values of every
+size that varies before anything is at `out`. A policy that was asked for and has no form there is an error, unless
 `allow_dropped` is given.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from effcompile import discover
 from effcompile.capture.export import capture_export, restore_export
-from effcompile.codegen.onnx.graph import FILE, OPSET, OPSETS, write_onnx
-from effcompile.codegen.onnx.session import Session
 from effcompile.compiler import Compiled, compile_program
 from effcompile.core.artifact import Check, Manifest, SiteForm
 from effcompile.core.bundle import read_artifact, writing
 from effcompile.core.dump import Dump
+from effcompile.core.emitter import Emitter, Job, Runner, Say, Settings, Variant, missing
 from effcompile.core.errors import ContractError, EffError, unknown
 from effcompile.core.experts import FAMILY
 from effcompile.core.options import Options
@@ -37,14 +37,47 @@ from effcompile.core.program import Program
 from effcompile.core.target import Target
 from effcompile.core.tokens import FAMILY as TOKENS
 from effcompile.core.tokens import SCHEDULED
+from effcompile.targets import devices
 from effcompile.targets.detect import detect_cpu
 
-TO = ("onnx",)
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_PACKAGES = ("effcompile", "torch", *_NEEDED)
-Say = Callable[[str], None]
+
+
+def emitters() -> dict[str, Emitter]:
+    """Return every form of an export by its name: the folder `codegen/emitters`, and those of other distributions."""
+    found = discover.classes(Emitter, *discover.folders("effcompile.codegen.emitters"))  # type: ignore[type-abstract]
+    return {item.name: item() for item in found}
+
+
+def emitter(name: str) -> Emitter:
+    """Return the form called `name`, or raise EFF-E113."""
+    known = emitters()
+    if name not in known:
+        raise unknown("EFF-E113", "form of an export", name, known)
+    return known[name]
+
+
+def targets_of(form: Emitter, asked: str | Sequence[str] | None) -> tuple[Target, ...]:
+    """Return the targets that were asked for (`sm_80,sm_89`), each of which the form can do.
+
+    Raises:
+        EffError: EFF-T101 and EFF-T102 for a word that names none; EFF-E151 where the form needs one and none is named.
+        ContractError: with the form's own code and reason where it cannot build for one.
+    """
+    words = [asked] if isinstance(asked, str) else list(asked or ())
+    words = [word.strip() for text in words for word in text.split(",") if word.strip()] or [form.default()]
+    known = (replace(detect_cpu(), name="cpu"), *devices())
+    found: dict[str, Target] = {}
+    for word in words:
+        device, _, backend = word.partition(":")
+        if backend and backend != form.name:
+            raise EffError("EFF-E151", f"{word} is no target of {form.name}", hint=f"--to {backend}, or {device} alone")
+        target = Target(detect_cpu() if device == "cpu" else Target.parse(device, known).device, form.name)
+        if (refusal := form.refuse(target)) is not None:
+            raise ContractError(refusal.code, refusal.reason, hint=refusal.hint or None)
+        found[target.device.word] = target
+    return tuple(found.values())
 
 
 @dataclass(frozen=True)
@@ -76,8 +109,11 @@ def export(
     *,
     to: str,
     out: str | Path,
+    target: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
-    opset: int = OPSET,
+    opset: int = 0,
+    seconds: float = Settings.seconds,
+    profile: str = "",
     dynamic: bool = True,
     allow_dropped: bool = False,
     force: bool = False,
@@ -87,77 +123,103 @@ def export(
     """Write a model to a folder, or to a zip where `out` ends so, and return what its manifest says.
 
     Args:
-        model: a module in eval mode, or an ExportedProgram.
+        model: a module in eval mode, an ExportedProgram, or a catalog that the form has itself (`kernels:all` of `triton`).
         args, kwargs: the arguments of one call; sizes of at least 2 may vary later.
-        to: `onnx`. out: where the artifact goes. options: as for torch.compile. opset: of ONNX, 18 to 23.
-        dynamic: let every size vary that the model lets vary. allow_dropped: accept sites whose policy has no form there.
-        force: replace an artifact. name: what to call the model. say: hears what is being done.
+        to: a file of `codegen/emitters`: `onnx`, for example. out: where the artifact goes. target: chips (`sm_80,sm_89`);
+            None takes the form's own. options: as for torch.compile. opset: of ONNX, 18 to 23; 0 takes the form's own.
+        seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`).
+        dynamic: let every size vary that the model lets vary.
+        allow_dropped: accept sites whose policy has no form there. force: replace an artifact. name: what to call the model.
+        say: hears what is being done.
 
     Raises:
-        EffError: EFF-E101 where something is at `out`; EFF-E109 where an operator has no form; EFF-E110 where ONNX Runtime gives
+        EffError: EFF-E101 where something is at `out`; EFF-E109 where an operator has no form; EFF-E110 where the result gives
             other numbers than eager; EFF-E114 where torch.export cannot capture the model.
-        ContractError: EFF-E108 for policies that have no form there.
+        ContractError: EFF-E108 for policies that have no form there; the form's own code for a target that it cannot do.
     """
-    if to not in TO:
-        raise unknown("EFF-E113", "form of an export", to, TO)
-    if opset not in OPSETS:
-        raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
-    if missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]:
-        raise EffError("EFF-E112", f"{', '.join(missing)} not installed", hint="pip install 'effcompile[onnx]'")
-    asked = Options.parse({**(options or {}), "strict": True})
-    target = Target(detect_cpu(), to)
+    form = emitter(to)
+    targets = targets_of(form, target)
+    if lacking := missing(form.needs):
+        raise EffError(
+            "EFF-E112", f"{', '.join(lacking)} not installed", hint=f"pip install 'effcompile[{form.extra}]'"
+        )
+    asked, settings = Options.parse({**(options or {}), "strict": True}), Settings(opset, seconds, profile)
+    asked = replace(asked, disable=(*asked.disable, *form.without))
     with torch.no_grad(), writing(Path(out), force=force) as draft:
-        say("capturing")
-        exported = _captured(model, tuple(args), dict(kwargs or {}), dynamic)
-        program = capture_export(exported)
-        say("rewriting")
-        compiled = compile_program(program, target, asked, Dump(None))
-        sites = tuple(_forms(compiled, asked))
-        if (dropped := [site for site in sites if site.status == "dropped"]) and not allow_dropped:
-            told = "; ".join(f"{site.site}: {site.form}: {site.reason}" for site in dropped[:3])
-            raise ContractError(
-                "EFF-E108", f"{len(dropped)} choices have no form in {to}: {told}", hint="--allow-dropped"
-            )
-        say("translating")
-        lowered = restore_export(exported, compiled.program)
-        inputs, outputs = write_onnx(lowered, draft.folder, opset)
-        draft.file("plan.json").write_text(compiled.plan.to_json() + "\n", encoding="utf-8")
-        say("checking")
-        # What drops tokens gives other numbers by intent: the translation is compared with the rewritten program.
-        lossy = any(choice.family == TOKENS for choice in compiled.plan.choices)
-        meant = lowered.module() if lossy else model
-        checks, held = _checked(meant, exported, _call_of(exported, program), draft.folder / FILE)
+        sites: dict[str, SiteForm] = {}
+        if isinstance(model, str):
+            if not form.catalog or not model.startswith(form.catalog):
+                raise EffError("EFF-E151", f"{to} exports models; `{model}` is a name", hint="pass the module itself")
+            job = Job(model, targets, (), (), settings, lambda runner: ((), ()), say)
+        else:
+            say("capturing")
+            exported = _captured(model, tuple(args), dict(kwargs or {}), dynamic)
+            variants: list[Variant] = []
+            for each in targets if form.each_target else targets[:1]:
+                say("rewriting" if len(targets) == 1 else f"rewriting for {each}")
+                # A program of its own for each target: lowering marks nodes.
+                compiled = compile_program(_program(exported, each), each, asked, Dump(None))
+                sites |= {f"{x.site} {x.form}": x for x in _forms(compiled, asked)}
+                restore = functools.partial(restore_export, exported, compiled.program)
+                variants.append(Variant(each, compiled.plan, compiled.program, restore))
+            _keep_or_refuse(sites.values(), to, allow_dropped)
+            for place, variant in enumerate(variants):
+                file = "plan.json" if place == 0 else f"plans/{variant.target.device.word}.json"
+                draft.file(file).write_text(variant.plan.to_json() + "\n", encoding="utf-8")
+            call = _call_of(exported, capture_export(exported))
+
+            # What drops tokens gives other numbers by intent: the translation is compared with the rewritten program.
+            lossy = any(choice.family == TOKENS for variant in variants for choice in variant.plan.choices)
+
+            def check(runner: Runner) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+                return _checked(variants[0].restore().module() if lossy else model, exported, call, runner)
+
+            title = name or type(model).__name__
+            job = Job(title, targets, tuple(variants), tuple(call.hints().items()), settings, check, say)
+        made = form.emit(job, draft)
         draft.manifest = Manifest(
-            form="onnx",
-            model=name or type(model).__name__,
-            target=str(target),
-            plan_hash=compiled.plan.hash,
-            versions=tuple((package, _version(package)) for package in _PACKAGES),
-            inputs=inputs,
-            outputs=outputs,
-            sites=sites,
-            checks=checks,
-            details=(("opset", str(opset)), ("flavor", "portable"), ("checked at one value", ", ".join(held))),
+            form=to,  # type: ignore[arg-type]
+            model=job.model,
+            target=",".join(map(str, targets)),
+            plan_hash=job.variants[0].plan.hash if job.variants else "",
+            versions=tuple((package, _version(package)) for package in ("effcompile", "torch", *form.needs)),
+            inputs=made.inputs,
+            outputs=made.outputs,
+            sites=tuple(sites.values()),
+            checks=made.checks,
+            details=made.details,
         )
         say("writing")
-    with read_artifact(Path(out)) as made:
-        return made.manifest
+    with read_artifact(Path(out)) as found:
+        return found.manifest
 
 
-def load(path: str | Path, *, provider: str = "cpu", threads: int | None = None) -> Session:
+def _program(exported: torch.export.ExportedProgram, target: Target) -> Program:
+    """Return the program as the target's own device would have captured it."""
+    program = capture_export(exported)
+    return program if target.portable or target.device.kind == "cpu" else replace(program, device="cuda")
+
+
+def _keep_or_refuse(sites: Iterable[SiteForm], to: str, allow_dropped: bool) -> None:
+    if (dropped := [site for site in sites if site.status == "dropped"]) and not allow_dropped:
+        told = "; ".join(f"{site.site}: {site.form}: {site.reason}" for site in dropped[:3])
+        raise ContractError("EFF-E108", f"{len(dropped)} choices have no form in {to}: {told}", hint="--allow-dropped")
+
+
+def load(path: str | Path, *, provider: str = "cpu", threads: int | None = None, trust: bool = False) -> Runner:
     """Check an artifact and return what runs it: a call takes tensors by input name and returns outputs by name.
 
+    `trust` opens machine code, which runs whatever its maker wrote.
+
     Raises:
-        EffError: as `read_artifact`; EFF-E111 and EFF-E112 where ONNX Runtime cannot load it.
+        EffError: as `read_artifact`; EFF-E107 for machine code without `trust`; EFF-E111 and EFF-E112 where it cannot run here.
     """
-    with read_artifact(Path(path)) as found:
-        if found.manifest.form != "onnx":
-            raise EffError("EFF-E112", f"{found.manifest.form} does not run here; onnx does")
-        return Session(found.file(FILE), provider, threads)
+    with read_artifact(Path(path), trust=trust) as found:
+        return emitter(found.manifest.form).load(found, provider, threads)
 
 
 def compare(
-    session: Session, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    session: Runner, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, tuple[float, torch.dtype]]:
     """Run an artifact and its model on one call; return for each output its error and the model's dtype.
 
@@ -171,7 +233,7 @@ def compare(
 
 
 def _errors(
-    session: Session, tensors: Sequence[Tensor], wanted: Sequence[Tensor]
+    session: Runner, tensors: Sequence[Tensor], wanted: Sequence[Tensor]
 ) -> dict[str, tuple[float, torch.dtype]]:
     if len(tensors) != len(session.inputs):
         raise EffError("EFF-E111", f"the call has {len(tensors)} tensors, the artifact takes {len(session.inputs)}")
@@ -244,13 +306,13 @@ def _sizes(node: fx.Node) -> tuple[str | None, ...]:
 
 
 def _checked(
-    model: Any, exported: torch.export.ExportedProgram, call: _Call, path: Path
+    model: Any, exported: torch.export.ExportedProgram, call: _Call, session: Runner
 ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Compare ONNX Runtime with eager at the given sizes, and with each size that may vary at another one.
+    """Compare an export with eager at the given sizes, and with each size that may vary at another one.
 
     Returns the comparisons, and the sizes that could not be changed alone since the model holds them to others.
     """
-    session, guarded = Session(path), exported.module()
+    guarded = exported.module()
     eager = guarded if model is exported else model
     hints = call.hints()
     found: list[Check] = []

@@ -92,6 +92,11 @@ def register(references: dict[str, Callable[..., Any]], opaque: tuple[str, ...] 
             torch.library.triton_op(traced_name(op), twin, mutates_args=())
 
 
+def launcher(op: str) -> Callable[..., Any]:
+    """Return the function that launches an op's kernel."""
+    return _function(LAUNCHES[op])
+
+
 def _function(place: str) -> Callable[..., Any]:
     file, _, name = place.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{file}"), name)

@@ -62,8 +62,33 @@ def version() -> str:
     return str(triton.__version__)
 
 
+@dataclass(frozen=True)
+class Built:
+    """Hold a compiled kernel: its machine code, the assembler text it was made of, its symbol, and what it takes.
+
+    `parameters` counts what a launch passes: the declared ones and, behind them, pointers to scratch memory that Triton adds.
+    `scratch` are the bytes of it that one program needs; no kernel here needs any, so these pointers may be null.
+    """
+
+    code: bytes
+    text: str
+    symbol: str
+    parameters: int
+    scratch: int
+    binary: Binary
+
+
 def cross_compile(kernel: Kernel, form: Form, config: Config, compute: str) -> Binary:
-    """Compile one form of a kernel with one config for a compute word (`sm_90`, `gfx942`); about a second, cached by Triton.
+    """Compile one form of a kernel with one config for a compute word (`sm_90`, `gfx942`) and return what the binary takes.
+
+    Raises:
+        EffError: as `build`.
+    """
+    return build(kernel, form, config, compute).binary
+
+
+def build(kernel: Kernel, form: Form, config: Config, compute: str) -> Built:
+    """Compile one form of a kernel with one config for a compute word; about a second, cached by Triton.
 
     Raises:
         EffError: EFF-K101 for a chip that no kernel is written for, EFF-K102 where the compiler refuses, with its words.
@@ -86,7 +111,17 @@ def cross_compile(kernel: Kernel, form: Form, config: Config, compute: str) -> B
         told = " ".join(str(error).split())[-300:]  # Triton quotes the source first and ends with the reason
         where = f"{kernel.name}/{form.name}/{config.name}"
         raise EffError("EFF-K102", f"{where} does not compile for {compute}: {type(error).__name__}: {told}") from error
-    return _read_amd(done) if arch in AMD else _read_nvidia(done)
+    amd = arch in AMD
+    scratch = int(getattr(done.metadata, "global_scratch_size", 0) or 0)
+    text = str(done.asm["amdgcn" if amd else "ptx"])
+    return Built(
+        code=bytes(done.asm["hsaco" if amd else "cubin"]),
+        text=text,
+        symbol=str(done.metadata.name),
+        parameters=_parameters(text, amd),
+        scratch=scratch,
+        binary=_read_amd(done) if amd else _read_nvidia(done),
+    )
 
 
 def front_end(kernel: Kernel, form: Form, config: Config, compute: str, ones: tuple[str, ...] = ()) -> str:
@@ -132,6 +167,14 @@ def signature(
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in form.aligned
     }
     return types, constants, attributes
+
+
+def _parameters(text: str, amd: bool) -> int:
+    if amd:
+        # Hidden arguments of the AMD ABI (`.value_kind: hidden_...`) are not passed by a launch.
+        return len(re.findall(r"\.value_kind:\s*(?:by_value|global_buffer)", text))
+    entry = text[text.index(".entry") :]
+    return len(re.findall(r"\.param\s", entry[: entry.index("{")]))
 
 
 def _read_nvidia(done: Any) -> Binary:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +49,38 @@ def assume(compute: str) -> Iterator[None]:
         _ASSUMED.reset(token)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Hold one launch: which binary, how many programs, and the runtime arguments in the order of the kernel's parameters."""
+
+    kernel: Kernel
+    form: Form
+    config: Config
+    grid: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+
+
+_KEPT: ContextVar[list[Launch] | None] = ContextVar("launches that are kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[Launch]]:
+    """Keep launches in place of launching, so that fake tensors tell which binaries a graph needs; outputs hold nothing."""
+    kept: list[Launch] = []
+    token = _KEPT.set(kept)
+    try:
+        yield kept
+    finally:
+        _KEPT.reset(token)
+
+
 def run(
     kernel: Kernel, grid: tuple[Any, ...], runtime: Sequence[Any], form: Form, config: Config, traced: bool = False
 ) -> None:
     """Launch `grid` programs; `runtime` are the runtime arguments, which come before the constexpr ones in every kernel."""
+    if (kept := _KEPT.get()) is not None:
+        kept.append(Launch(kernel, form, config, grid, tuple(runtime)))
+        return
     constants = {**dict(form.constants), **config.constants}
     if traced:
         from torch.library import wrap_triton

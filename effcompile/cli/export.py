@@ -9,12 +9,17 @@ import typer
 
 from effcompile.cli import parameters as given
 from effcompile.cli.console import dim, good, print_json, progress, stdout
-from effcompile.cli.models import load_model
+from effcompile.cli.models import LoadedModel, load_model
 from effcompile.cli.tables import draw_artifact
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The folder to write, or a file that ends in .zip.")]
-To = Annotated[str, typer.Option("--to", help="The form: onnx.")]
-Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 23.")]
+To = Annotated[str, typer.Option("--to", help="The form, a file of codegen/emitters: onnx.")]
+TargetNames = Annotated[
+    list[str] | None, typer.Option("--target", help="Chips to build for: sm_80,sm_89. Default: the form's own.")
+]
+Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 23; 0 takes the form's own.")]
+Seconds = Annotated[float, typer.Option("--seconds", help="How long the build of one engine may take.")]
+Profile = Annotated[str, typer.Option("--profile", help="Sizes that an engine takes: tokens.1=1:128:2048.")]
 Static = Annotated[bool, typer.Option("--static", help="Fix every size to the given call's.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
 Dropped = Annotated[bool, typer.Option("--allow-dropped", help="Accept sites whose policy has no form there.")]
@@ -24,11 +29,14 @@ def export(
     model: given.Model,
     out: Out,
     to: To = "onnx",
+    target: TargetNames = None,
     shape: given.Shape = "",
     dtype: given.Dtype = "",
     attention: given.Attention = None,
     option: given.OptionList = None,
-    opset: Opset = 20,
+    opset: Opset = 0,
+    seconds: Seconds = 600.0,
+    profile: Profile = "",
     static: Static = False,
     allow_dropped: Dropped = False,
     force: Force = False,
@@ -42,15 +50,24 @@ def export(
 
     sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
     with progress("loading", quiet=as_json) as say:
-        loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
+        # What a form has itself, `kernels:all`, is no model to load.
+        named = model.startswith("kernels:")
+        loaded = (
+            LoadedModel(model, lambda: None, ())
+            if named
+            else load_model(model, sizes, given.parse_dtype(dtype), real=True)
+        )
         made = export_model(
-            loaded.model,
+            model if named else loaded.model,
             loaded.args,
             loaded.kwargs,
             to=to,
+            target=target,
             out=out,
             options=given.parse_options(option, None, None, attention),
             opset=opset,
+            seconds=seconds,
+            profile=profile,
             dynamic=not static,
             allow_dropped=allow_dropped,
             force=force,

@@ -43,6 +43,7 @@ Evict = Annotated[
         help="Which tokens stay in the KV cache, snapkv{budget=1024}; eff passes lists them.", show_default=False
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Open machine code: it runs whatever its maker wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Dynamic = Annotated[bool, typer.Option("--dynamic", help="Trace with symbolic sizes.")]
 Real = Annotated[bool, typer.Option("--real", help="Run on the weights themselves, not on a copy without data.")]

@@ -14,25 +14,26 @@ from effcompile.core.errors import EffError
 Place = Annotated[Path, typer.Argument(help="An artifact: a folder or a zip.", show_default=False)]
 Input = Annotated[Path, typer.Option("--input", help="A .npz with an array for every input.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="A .npz for the outputs.")]
-Provider = Annotated[str, typer.Option("--provider", help="Of ONNX Runtime: cpu, cuda, tensorrt.")]
+Provider = Annotated[str, typer.Option("--provider", help="What runs it: cpu, cuda, tensorrt.")]
 
 
 def run(
-    artifact: Place, input: Input, out: Out = None, provider: Provider = "cpu", as_json: given.AsJson = False
+    artifact: Place,
+    input: Input,
+    out: Out = None,
+    provider: Provider = "cpu",
+    trust: given.Trust = False,
+    as_json: given.AsJson = False,
 ) -> int:
-    """Run an artifact with ONNX Runtime; its files are hashed first."""
+    """Run an artifact; its files are hashed first."""
     import time
 
     import numpy
     import torch
 
-    from effcompile.codegen.onnx.session import PROVIDERS
-    from effcompile.core.errors import unknown
     from effcompile.exporting import load
 
-    if provider not in PROVIDERS:
-        raise unknown("EFF-E112", "provider", provider, PROVIDERS)
-    session = load(artifact, provider=provider)
+    session = load(artifact, provider=provider, trust=trust)
     try:
         with numpy.load(input, allow_pickle=False) as file:
             values = {name: torch.from_numpy(file[name]) for name in file.files}

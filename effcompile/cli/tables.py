@@ -220,5 +220,8 @@ def draw_artifact(out: Console, manifest: Manifest) -> None:
     if manifest.sites:
         rows = [[site.site, site.status, site.form, site.reason] for site in manifest.sites]
         out.print(table("Sites", ("site", "status", "form", "reason"), rows))
+    told = [[name, value] for name, value in manifest.details if value]
+    if told:
+        out.print(table("Details", ("", ""), told))
     files = [[name, f"{e.bytes:,}", e.sha256[:12], "machine code" if e.native else ""] for name, e in manifest.files]
     out.print(table("Files", ("file", "bytes", "sha256", ""), files, right=("bytes",)))

@@ -19,6 +19,7 @@ def verify(
     model: Model = None,
     shape: given.Shape = "",
     dtype: given.Dtype = "",
+    trust: given.Trust = False,
     as_json: given.AsJson = False,
 ) -> int:
     """Hash every file; with --model run the artifact and the model on the same inputs. Exit code 1 where they differ."""
@@ -34,7 +35,7 @@ def verify(
         with progress("comparing", quiet=as_json):
             sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
             loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
-            errors = compare(load(artifact), loaded.runnable, loaded.args, loaded.kwargs)
+            errors = compare(load(artifact, trust=trust), loaded.runnable, loaded.args, loaded.kwargs)
         told["errors"] = {name: error for name, (error, _) in errors.items()}
         wrong = any(not error <= LIMITS.get(kind, 0.0) for error, kind in errors.values())
         for name, (error, kind) in () if as_json else errors.items():

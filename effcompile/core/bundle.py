@@ -97,6 +97,11 @@ class Artifact:
             )
         return self.folder / name
 
+    @property
+    def packed(self) -> bool:
+        """Tell whether the artifact is a zip, whose files are there until it is closed."""
+        return self._held is not None
+
     def close(self) -> None:
         """Remove what was unpacked."""
         if self._held is not None:

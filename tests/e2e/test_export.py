@@ -13,6 +13,7 @@ from torch import nn
 import effcompile as eff
 from effcompile import exporting
 from effcompile.cli.models import load_model
+from effcompile.codegen.emitters.onnx import Onnx
 from effcompile.core.bundle import read_artifact
 from effcompile.core.errors import EffError
 from tests.cli.command import run
@@ -95,7 +96,7 @@ def test_a_dispatch_without_a_form_there_gives_way_to_another(tmp_path: Path) ->
 
 
 def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_NEEDED", ("onnx", "onnx_that_is_not_there"))
+    monkeypatch.setattr(Onnx, "needs", ("onnx", "onnx_that_is_not_there"))
     with pytest.raises(EffError, match=r"EFF-E112 .*onnx_that_is_not_there"):
         eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a")
 
@@ -115,6 +116,8 @@ def test_what_cannot_be_said(tmp_path: Path) -> None:
     for code, model, more in [
         ("EFF-E113", Head(), {"to": "onx"}),
         ("EFF-E113", Head(), {"opset": 12}),
+        ("EFF-T101", Head(), {"target": "sm_8"}),
+        ("EFF-E151", Head(), {"target": "sm_80:tensorrt-rtx"}),
         ("EFF-E114", Breaks(), {}),
     ]:
         with pytest.raises(EffError, match=code):
