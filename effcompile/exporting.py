@@ -12,36 +12,44 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from effcompile import discover
 from effcompile.capture.export import capture_export, restore_export
-from effcompile.compiler import Compiled, compile_program
+from effcompile.capture.subject import Subject, subject
+from effcompile.codegen.onnx.probe import Probe
+from effcompile.compiler import Compiled, all_methods, compile_program
 from effcompile.core.artifact import Check, Manifest, SiteForm
 from effcompile.core.bundle import read_artifact, writing
+from effcompile.core.cache import CacheFormat
 from effcompile.core.dump import Dump
-from effcompile.core.emitter import Emitter, Job, Runner, Say, Settings, Variant, missing
+from effcompile.core.emitter import Emitter, Job, Names, Runner, Say, Settings, Variant, missing
 from effcompile.core.errors import ContractError, EffError, unknown
 from effcompile.core.experts import FAMILY
+from effcompile.core.export_form import Dialect, OnnxForm
 from effcompile.core.options import Options
-from effcompile.core.policy import SITE_FAMILIES
+from effcompile.core.plan import Plan
+from effcompile.core.policy import SITE_FAMILIES, read_policy
 from effcompile.core.program import Program
 from effcompile.core.target import Target
 from effcompile.core.tokens import FAMILY as TOKENS
 from effcompile.core.tokens import SCHEDULED
+from effcompile.export_checks import call_of, checked
+from effcompile.lowering.onnx.gqa import GroupQuery
+from effcompile.lowering.onnx.lower import Written, lower_onnx
+from effcompile.planning.portable import followed, policies
 from effcompile.targets import devices
 from effcompile.targets.detect import detect_cpu
 
-LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
+TOKENIZER = "tokenizer.json"
+SITE_KERNELS = ("attention-kernel", FAMILY)
+"""Families of choices that say how a site runs; others say what it computes."""
 
 
 def emitters() -> dict[str, Emitter]:
@@ -80,28 +88,6 @@ def targets_of(form: Emitter, asked: str | Sequence[str] | None) -> tuple[Target
     return tuple(found.values())
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Hold a model's call as flat tensors: `sizes` names what may vary in each of them, None where a size is fixed."""
-
-    values: tuple[Tensor, ...]
-    sizes: tuple[tuple[str | None, ...], ...]
-
-    def hints(self) -> dict[str, int]:
-        """Return the sizes of the given call."""
-        return {s: n for x, row in zip(self.values, self.sizes, strict=True) for n, s in zip(x.shape, row) if s}
-
-    def at(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
-        """Return the tensors at other sizes: their content is repeated, or cut."""
-        made = []
-        for value, row in zip(self.values, self.sizes, strict=True):
-            for dim, name in enumerate(row):
-                if name and sizes[name] != value.shape[dim]:
-                    value = value.index_select(dim, torch.arange(sizes[name]) % value.shape[dim])
-            made.append(value)
-        return tuple(made)
-
-
 def export(
     model: Any,
     args: Sequence[Any] = (),
@@ -112,12 +98,15 @@ def export(
     target: str | Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
     opset: int = 0,
+    flavor: str = "portable",
     seconds: float = Settings.seconds,
     profile: str = "",
     dynamic: bool = True,
+    cache: bool | None = None,
     allow_dropped: bool = False,
     force: bool = False,
     name: str = "",
+    tokenizer: str = "",
     say: Say = lambda text: None,
 ) -> Manifest:
     """Write a model to a folder, or to a zip where `out` ends so, and return what its manifest says.
@@ -126,11 +115,12 @@ def export(
         model: a module in eval mode, an ExportedProgram, or a catalog that the form has itself (`kernels:all` of `triton`).
         args, kwargs: the arguments of one call; sizes of at least 2 may vary later.
         to: a file of `codegen/emitters`: `onnx`, for example. out: where the artifact goes. target: chips (`sm_80,sm_89`);
-            None takes the form's own. options: as for torch.compile. opset: of ONNX, 18 to 23; 0 takes the form's own.
+            None takes the form's own. options: as for torch.compile. opset: of ONNX, 18 to 24; 0 takes the form's own.
+        flavor: `portable`, or `ort` for operators of ONNX Runtime. dynamic: let every size vary that the model lets vary.
         seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`).
-        dynamic: let every size vary that the model lets vary.
+        cache: take and return keys and values of a decoder of transformers; by default in ONNX where a call is its token ids.
         allow_dropped: accept sites whose policy has no form there. force: replace an artifact. name: what to call the model.
-        say: hears what is being done.
+        tokenizer: JSON of the one that belongs to it, to take along. say: hears what is being done.
 
     Raises:
         EffError: EFF-E101 where something is at `out`; EFF-E109 where an operator has no form; EFF-E110 where the result gives
@@ -143,40 +133,44 @@ def export(
         raise EffError(
             "EFF-E112", f"{', '.join(lacking)} not installed", hint=f"pip install 'effcompile[{form.extra}]'"
         )
-    asked, settings = Options.parse({**(options or {}), "strict": True}), Settings(opset, seconds, profile)
-    asked = replace(asked, disable=(*asked.disable, *form.without))
+    settings = Settings(opset, seconds, profile, flavor)
+    dialect = form.dialect(settings)
+    if dialect is None and flavor != "portable":
+        raise EffError("EFF-E113", f"{to} has no flavors", hint="--to onnx has")
+    wishes = dict(options or {})
+    stored = _format(wishes.pop("kv", None))
+    asked = Options.parse({**wishes, "strict": True})
+    plan, asked = asked.plan, replace(asked, plan=None, disable=(*asked.disable, *form.without))
+    if plan is not None:
+        asked = replace(asked, families=tuple(dict([*policies(plan), *asked.families]).items()))
+    sites: tuple[SiteForm, ...] = ()
     with torch.no_grad(), writing(Path(out), force=force) as draft:
-        sites: dict[str, SiteForm] = {}
         if isinstance(model, str):
             if not form.catalog or not model.startswith(form.catalog):
                 raise EffError("EFF-E151", f"{to} exports models; `{model}` is a name", hint="pass the module itself")
             job = Job(model, targets, (), (), settings, lambda runner: ((), ()), say)
         else:
             say("capturing")
-            exported = _captured(model, tuple(args), dict(kwargs or {}), dynamic)
-            variants: list[Variant] = []
-            for each in targets if form.each_target else targets[:1]:
-                say("rewriting" if len(targets) == 1 else f"rewriting for {each}")
-                # A program of its own for each target: lowering marks nodes.
-                compiled = compile_program(_program(exported, each), each, asked, Dump(None))
-                sites |= {f"{x.site} {x.form}": x for x in _forms(compiled, asked)}
-                restore = functools.partial(restore_export, exported, compiled.program)
-                variants.append(Variant(each, compiled.plan, compiled.program, restore))
-            _keep_or_refuse(sites.values(), to, allow_dropped)
-            for place, variant in enumerate(variants):
+            whole = cache if dialect is not None else bool(cache)
+            given = subject(
+                model, tuple(args), dict(kwargs or {}), dynamic, whole, format=stored, own=flavor == "portable"
+            )
+            title = name or type(model).__name__
+            job, sites = _job(title, given, form, targets, asked, plan, settings, dialect, say)
+            _keep_or_refuse(sites, to, allow_dropped)
+            for place, variant in enumerate(job.variants):
                 file = "plan.json" if place == 0 else f"plans/{variant.target.device.word}.json"
                 draft.file(file).write_text(variant.plan.to_json() + "\n", encoding="utf-8")
-            call = _call_of(exported, capture_export(exported))
-
-            # What drops tokens gives other numbers by intent: the translation is compared with the rewritten program.
-            lossy = any(choice.family == TOKENS for variant in variants for choice in variant.plan.choices)
-
-            def check(runner: Runner) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-                return _checked(variants[0].restore().module() if lossy else model, exported, call, runner)
-
-            title = name or type(model).__name__
-            job = Job(title, targets, tuple(variants), tuple(call.hints().items()), settings, check, say)
+            if tokenizer:
+                draft.file(TOKENIZER).write_text(tokenizer, encoding="utf-8")
         made = form.emit(job, draft)
+        details = made.details
+        if not isinstance(model, str):
+            details += (
+                ("cache", "past_key_values" if given.points is not None else ""),
+                ("ends", json.dumps(_ends(model)) if tokenizer else ""),
+                ("kv", stored.spelled if stored is not None else ""),
+            )
         draft.manifest = Manifest(
             form=to,  # type: ignore[arg-type]
             model=job.model,
@@ -185,13 +179,59 @@ def export(
             versions=tuple((package, _version(package)) for package in ("effcompile", "torch", *form.needs)),
             inputs=made.inputs,
             outputs=made.outputs,
-            sites=tuple(sites.values()),
+            sites=sites,
             checks=made.checks,
-            details=made.details,
+            details=details,
         )
         say("writing")
     with read_artifact(Path(out)) as found:
         return found.manifest
+
+
+def _job(
+    title: str,
+    given: Subject,
+    form: Emitter,
+    targets: tuple[Target, ...],
+    asked: Options,
+    plan: Plan | None,
+    settings: Settings,
+    dialect: Dialect | None,
+    say: Say,
+) -> tuple[Job, tuple[SiteForm, ...]]:
+    """Rewrite and lower a model for every target that the form asks for; return that and what became of the sites."""
+    exported = given.exported()
+    found: dict[str, SiteForm] = {}
+    variants: list[Variant] = []
+    for each in targets if form.each_target else targets[:1]:
+        say("rewriting" if len(targets) == 1 else f"rewriting for {each}")
+        # A program of its own for each target: lowering marks nodes.
+        compiled = compile_program(_program(exported, each), each, asked, Dump(None))
+        written = Written(compiled.program, (), (), (), ())
+        if dialect is not None:
+            places = {site.id: site for site in compiled.sites}
+            written = lower_onnx(compiled.program, dialect, _all_forms(), Probe(dialect), places)
+        found |= {f"{x.site} {x.form}": x for x in _forms(compiled, asked, written)}
+        restore = functools.partial(restore_export, exported, written.program)
+        told = ("forms", ", ".join(f"{n} x {x}" for x, n in written.placed))
+        kept = ("declined forms", "; ".join(sorted({f"{p.form}: {why.reason}" for p, why in written.kept})))
+        details = (told, kept) if dialect is not None else ()
+        variants.append(Variant(each, compiled.plan, written.program, restore, written.functions, details))
+    sites = tuple(found.values())
+    if plan is not None:
+        sites = followed(plan, sites, [family for family, _ in asked.families])
+    call = call_of(exported, capture_export(exported))
+    single = GroupQuery.name in dict(written.placed)
+    # What drops tokens gives other numbers by intent: the translation is compared with the rewritten program.
+    lossy = any(choice.family == TOKENS for variant in variants for choice in variant.plan.choices)
+
+    def check(runner: Runner) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+        meant = restore_export(exported, compiled.program).module() if lossy else None
+        return checked(given, exported, call, runner, single, meant)
+
+    names = Names(given.inputs, given.outputs, given.sizes or call.sizes)
+    hints = tuple(call.hints().items())
+    return Job(title, targets, tuple(variants), hints, settings, check, say, names), sites
 
 
 def _program(exported: torch.export.ExportedProgram, target: Target) -> Program:
@@ -218,140 +258,46 @@ def load(path: str | Path, *, provider: str = "cpu", threads: int | None = None,
         return emitter(found.manifest.form).load(found, provider, threads)
 
 
-def compare(
-    session: Runner, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, tuple[float, torch.dtype]]:
-    """Run an artifact and its model on one call; return for each output its error and the model's dtype.
-
-    Raises:
-        EffError: EFF-E110 where they have not the same number of outputs, EFF-E111 where the artifact does not take the call.
-    """
-    with torch.no_grad():
-        wanted = [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
-    tensors = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
-    return _errors(session, tensors, wanted)
+def _ends(model: Any) -> list[int]:
+    """Return the token ids that end a text."""
+    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    found = getattr(config, "eos_token_id", None)
+    return [] if found is None else [int(x) for x in (found if isinstance(found, list | tuple) else (found,))]
 
 
-def _errors(
-    session: Runner, tensors: Sequence[Tensor], wanted: Sequence[Tensor]
-) -> dict[str, tuple[float, torch.dtype]]:
-    if len(tensors) != len(session.inputs):
-        raise EffError("EFF-E111", f"the call has {len(tensors)} tensors, the artifact takes {len(session.inputs)}")
-    values = session(dict(zip(session.inputs, tensors, strict=True)))
-    if len(values) != len(wanted):
-        raise EffError("EFF-E110", f"the export has {len(values)} outputs, the model {len(wanted)}")
-    return {n: (_error(x, exact), exact.dtype) for (n, x), exact in zip(values.items(), wanted, strict=True)}
+def _format(kv: Any) -> CacheFormat | None:
+    if kv is None or isinstance(kv, CacheFormat):
+        return kv
+    found = read_policy("kv", str(kv), all_methods())
+    assert isinstance(found, CacheFormat)
+    return found
 
 
-def _captured(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> torch.export.ExportedProgram:
-    if isinstance(model, torch.export.ExportedProgram):
-        return model
-    auto = torch.export.Dim.AUTO
-
-    def free(value: Any) -> Any:
-        return dict.fromkeys(range(value.ndim), auto) if isinstance(value, Tensor) else None
-
-    shapes: Any = None
-    if dynamic:
-        # torch.export takes one structure for all arguments, by name where some are keywords.
-        places, words = pytree.tree_map(free, args), pytree.tree_map(free, kwargs)
-        shapes = {**dict(zip(_parameters(model), places)), **words} if kwargs else places
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        told = " ".join(str(error).split())[:400]
-        raise EffError(
-            "EFF-E114",
-            f"torch.export cannot capture the model: {type(error).__name__}: {told}",
-            hint="eff explain MODEL names graph breaks; --static (dynamic=False) fixes every size",
-        ) from error
+def _all_forms() -> tuple[OnnxForm, ...]:
+    found = discover.classes(OnnxForm, *discover.folders("effcompile.lowering"))  # type: ignore[type-abstract]
+    return tuple(cls() for cls in found)
 
 
-def _parameters(model: Any) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
-
-
-def _forms(compiled: Compiled, asked: Options) -> Iterator[SiteForm]:
+def _forms(compiled: Compiled, asked: Options, written: Written) -> Iterator[SiteForm]:
     """Yield what became of every site: the plan was made for this target, so what it chose is there.
 
-    A dispatch of experts that was asked for and has no form there gave way to another exact one.
+    Where an operator of ONNX gave other numbers alone, the site is `substituted` by what it stands for. A dispatch of experts that
+    was asked for and has no form there gave way to another exact one.
     """
     graph, families = compiled.plan.graphs[0], dict(asked.families)
+    forms = dict(written.sites)
+    kept = {place.site: refusal for place, refusal in written.kept if place.site not in forms}
     for choice in graph.choices:
-        if choice.site:
+        if choice.site in kept and choice.family in SITE_KERNELS:
+            yield SiteForm(choice.site, "substituted", choice.policy, str(kept[choice.site]))
+        elif choice.site:
             other = choice.family == FAMILY and families.get(FAMILY, choice.policy) != choice.policy
-            yield SiteForm(choice.site, "substituted" if other else "same", choice.policy, choice.reason)
+            form = choice.policy if choice.family not in SITE_KERNELS else forms.get(choice.site, choice.policy)
+            yield SiteForm(choice.site, "substituted" if other else "same", form, choice.reason)
     for decline in graph.declined:
         asked_for = decline.family in (*SITE_FAMILIES, TOKENS) and decline.family in families
         if asked_for and decline.refusal.code != SCHEDULED:
             yield SiteForm(decline.site, "dropped", decline.policy, f"{decline.refusal.code} {decline.refusal.reason}")
-
-
-def _call_of(exported: torch.export.ExportedProgram, program: Program) -> _Call:
-    args, kwargs = exported.example_inputs
-    flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    entry = program.entries[0]
-    nodes = {node.name: node for node in entry.graph.graph.nodes if node.op == "placeholder"}
-    users = [
-        item.node for item in entry.inputs if item.kind == "user" and isinstance(nodes[item.node].meta["val"], Tensor)
-    ]
-    return _Call(tuple(flat), tuple(_sizes(nodes[name]) for name in users))
-
-
-def _sizes(node: fx.Node) -> tuple[str | None, ...]:
-    return tuple(
-        str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
-        for size in node.meta["val"].shape
-    )
-
-
-def _checked(
-    model: Any, exported: torch.export.ExportedProgram, call: _Call, session: Runner
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Compare an export with eager at the given sizes, and with each size that may vary at another one.
-
-    Returns the comparisons, and the sizes that could not be changed alone since the model holds them to others.
-    """
-    guarded = exported.module()
-    eager = guarded if model is exported else model
-    hints = call.hints()
-    found: list[Check] = []
-    held: list[str] = []
-    for name, sizes in [("", hints), *((s, {**hints, s: n + 1 + place}) for place, (s, n) in enumerate(hints.items()))]:
-        tensors = call.at(sizes)
-        leaves = iter(tensors)
-        given = [next(leaves) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(exported.example_inputs)]
-        args, kwargs = pytree.tree_unflatten(given, exported.call_spec.in_spec)
-        try:
-            guarded(*args, **kwargs)
-        except AssertionError as guard:
-            if not name or "Guard failed" not in str(guard):
-                raise
-            held.append(name)
-            continue
-        wanted = [x for x in pytree.tree_leaves(eager(*args, **kwargs)) if isinstance(x, Tensor)]
-        for output, (error, kind) in _errors(session, tensors, wanted).items():
-            if not error <= LIMITS.get(kind, 0.0):
-                told = ", ".join(f"{key}={n}" for key, n in sizes.items())
-                raise EffError(
-                    "EFF-E110",
-                    f"`{output}` is {error:.2e} away from eager at {told or 'the given sizes'}",
-                    hint="model.eval() turns dropout off; eff repro MODEL finds a rewrite that is wrong",
-                )
-            found.append(Check(tuple(sizes.items()), float(f"{error:.3g}"), output))
-    return tuple(found), tuple(held)
-
-
-def _error(value: Tensor, exact: Tensor) -> float:
-    if value.shape != exact.shape:
-        return float("inf")
-    if not exact.dtype.is_floating_point:
-        return 0.0 if torch.equal(value, exact) else float("inf")
-    found, wanted = value.double(), exact.double()
-    same = (found == wanted) | (found.isnan() & wanted.isnan())  # infinities and NaN must be where they were
-    apart = torch.where(same, 0.0, (found - wanted).abs()).max() if found.numel() else torch.zeros(())
-    scale = wanted.abs()[wanted.isfinite()].max() if wanted.isfinite().any() else torch.ones(())
-    return float("inf") if apart.isnan() else float(apart / scale.clamp_min(1e-30))
 
 
 def _version(package: str) -> str:

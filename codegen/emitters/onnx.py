@@ -7,8 +7,9 @@ from typing import ClassVar
 from effcompile.codegen.onnx.graph import FILE, OPSET, OPSETS, write_onnx
 from effcompile.codegen.onnx.session import PROVIDERS, Session
 from effcompile.core.bundle import Artifact, Draft
-from effcompile.core.emitter import Emitted, Emitter, Job, Runner
+from effcompile.core.emitter import Emitted, Emitter, Job, Runner, Settings
 from effcompile.core.errors import EffError, unknown
+from effcompile.core.export_form import FLAVORS, Dialect
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target
 
@@ -28,21 +29,28 @@ class Onnx(Emitter):
         """Return `cpu`."""
         return "cpu"
 
+    def dialect(self, settings: Settings) -> Dialect:
+        """Return the opset and the flavor that were asked for."""
+        opset = settings.opset or OPSET
+        if opset not in OPSETS:
+            raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
+        if settings.flavor not in FLAVORS:
+            raise unknown("EFF-E113", "flavor of ONNX", settings.flavor, FLAVORS)
+        return Dialect(opset, settings.flavor)
+
     def refuse(self, target: Target) -> Refusal | None:
-        """Return None: the operators are standard ones."""
+        """Return None: the operators are standard ones, or those of the runtime that the flavor names."""
         return None
 
     def emit(self, job: Job, draft: Draft) -> Emitted:
         """Translate, and compare ONNX Runtime with eager."""
-        opset = job.settings.opset or OPSET
-        if opset not in OPSETS:
-            raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
+        opset, variant = job.settings.opset or OPSET, job.variants[0]
         job.say("translating")
-        inputs, outputs = write_onnx(job.variants[0].exported, draft.folder, opset)
+        file = write_onnx(variant.exported, draft.folder, opset, variant.functions, job.names)
         job.say("checking")
         checks, held = job.check(Session(draft.folder / FILE))
-        details = (("opset", str(opset)), ("flavor", "portable"), ("checked at one value", ", ".join(held)))
-        return Emitted(inputs, outputs, checks, details)
+        details = (("opset", str(opset)), ("flavor", job.settings.flavor), ("nodes", str(file.nodes)), *variant.details)
+        return Emitted(file.inputs, file.outputs, checks, (*details, ("checked at one value", ", ".join(held))))
 
     def load(self, artifact: Artifact, provider: str, threads: int | None) -> Runner:
         """Return a session of ONNX Runtime."""

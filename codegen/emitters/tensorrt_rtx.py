@@ -68,7 +68,8 @@ class TensorRtRtx(Emitter):
         for old in draft.folder.glob(f"{FILE}*"):
             old.unlink()
         job.say(f"translating (opset {opset})")
-        inputs, outputs = write_onnx(job.variants[0].exported, draft.folder, opset)
+        file = write_onnx(job.variants[0].exported, draft.folder, opset, names=job.names)
+        inputs, outputs = file.inputs, file.outputs
         job.say("checking")
         checks, held = job.check(Session(draft.folder / FILE))
         shapes = profile(inputs, dict(job.sizes), held, parse_profile(job.settings.profile))

@@ -17,9 +17,17 @@ To = Annotated[str, typer.Option("--to", help="The form, a file of codegen/emitt
 TargetNames = Annotated[
     list[str] | None, typer.Option("--target", help="Chips to build for: sm_80,sm_89. Default: the form's own.")
 ]
-Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 23; 0 takes the form's own.")]
+Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 24; 0 takes the form's own.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="How long the build of one engine may take.")]
 Profile = Annotated[str, typer.Option("--profile", help="Sizes that an engine takes: tokens.1=1:128:2048.")]
+Flavor = Annotated[str, typer.Option("--flavor", help="portable, or ort for operators of ONNX Runtime.")]
+Cache = Annotated[
+    bool | None,
+    typer.Option(
+        "--cache/--no-cache", help="Take and return keys and values of a transformers decoder.", show_default="auto"
+    ),
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan to follow, as eff plan wrote it.")]
 Static = Annotated[bool, typer.Option("--static", help="Fix every size to the given call's.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
 Dropped = Annotated[bool, typer.Option("--allow-dropped", help="Accept sites whose policy has no form there.")]
@@ -37,6 +45,10 @@ def export(
     opset: Opset = 0,
     seconds: Seconds = 600.0,
     profile: Profile = "",
+    kv: given.Kv = None,
+    plan: PlanFile = None,
+    flavor: Flavor = "portable",
+    cache: Cache = None,
     static: Static = False,
     allow_dropped: Dropped = False,
     force: Force = False,
@@ -48,6 +60,8 @@ def export(
     """
     from effcompile.exporting import export as export_model
 
+    options = given.parse_options(option, None, None, attention)
+    options |= {key: value for key, value in (("kv", kv), ("plan", plan)) if value is not None}
     sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
     with progress("loading", quiet=as_json) as say:
         # What a form has itself, `kernels:all`, is no model to load.
@@ -64,10 +78,13 @@ def export(
             to=to,
             target=target,
             out=out,
-            options=given.parse_options(option, None, None, attention),
+            options=options,
             opset=opset,
             seconds=seconds,
             profile=profile,
+            flavor=flavor,
+            cache=cache,
+            tokenizer=loaded.tokenizer,
             dynamic=not static,
             allow_dropped=allow_dropped,
             force=force,
@@ -80,5 +97,6 @@ def export(
     draw_artifact(stdout(), made)
     worst = max((check.error for check in made.checks), default=0.0)
     stdout().print(good(f"wrote {out}: {len(made.checks)} comparisons with eager, the largest error {worst:.1e}"))
-    stdout().print(dim(f"next: eff run {out} --input inputs.npz, or effcompile.load({str(out)!r})"))
+    words = '--text "..."' if loaded.tokenizer and dict(made.details).get("cache") else "--input inputs.npz"
+    stdout().print(dim(f"next: eff run {out} {words}, or effcompile.load({str(out)!r})"))
     return 0

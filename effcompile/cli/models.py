@@ -20,6 +20,8 @@ class LoadedModel:
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
+    """The JSON of its tokenizer, where there is one."""
 
     @property
     def runnable(self) -> Callable[..., Any]:
@@ -40,7 +42,8 @@ def load_model(text: str, sizes: Mapping[str, int], dtype: Any, *, real: bool) -
         from effcompile.cli.huggingface import load_folder
 
         model, args, kwargs = load_folder(path, sizes, dtype, real)
-        return LoadedModel(text, model, args, kwargs)
+        words = path / "tokenizer.json"
+        return LoadedModel(text, model, args, kwargs, words.read_text("utf-8") if real and words.is_file() else "")
     if path.suffix == ".pt2":
         from effcompile.cli.exported import load_exported
 
@@ -80,7 +83,8 @@ def _zoo(text: str, sizes: Mapping[str, int], dtype: Any, real: bool) -> LoadedM
         loaded = ZooModel(entry.name, model, entry, kind, torch.device("cpu"))
     inputs = ZooModel(entry.name, loaded.model, entry, kind, torch.device("cpu"))
     args, kwargs = inputs.example_inputs(sizes.get("batch", 1), sizes.get("seq"))
-    return LoadedModel(f"zoo:{entry.name}", loaded.model, args, kwargs)
+    fast = getattr(loaded.tokenizer, "backend_tokenizer", None)
+    return LoadedModel(f"zoo:{entry.name}", loaded.model, args, kwargs, fast.to_str() if fast is not None else "")
 
 
 def _callable(text: str, sizes: Mapping[str, int], dtype: Any, real: bool) -> LoadedModel:

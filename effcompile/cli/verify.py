@@ -25,7 +25,8 @@ def verify(
     """Hash every file; with --model run the artifact and the model on the same inputs. Exit code 1 where they differ."""
     from effcompile.cli.models import load_model
     from effcompile.core.bundle import read_artifact
-    from effcompile.exporting import LIMITS, compare, load
+    from effcompile.export_checks import LIMITS, compare_call
+    from effcompile.exporting import load
 
     with read_artifact(artifact) as found:
         manifest = found.manifest
@@ -35,7 +36,7 @@ def verify(
         with progress("comparing", quiet=as_json):
             sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
             loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
-            errors = compare(load(artifact, trust=trust), loaded.runnable, loaded.args, loaded.kwargs)
+            errors = compare_call(load(artifact, trust=trust), manifest, loaded.runnable, loaded.args, loaded.kwargs)
         told["errors"] = {name: error for name, (error, _) in errors.items()}
         wrong = any(not error <= LIMITS.get(kind, 0.0) for error, kind in errors.values())
         for name, (error, kind) in () if as_json else errors.items():

@@ -170,3 +170,9 @@ def flex_kernel_options(q: Any, k: Any, v: Any) -> dict[str, Any]:
     from torch.nn.attention import flex_attention
 
     return dict(flex_attention._apply_kernel_options(q, k, v, False, {}))  # type: ignore[attr-defined]
+
+
+def size_hint(environment: Any, expression: Any) -> int:
+    """Return the value that an expression of sizes has for what was traced; later torch has another name for it."""
+    hint = getattr(environment, "guarding_hint_or_throw", None) or environment.size_hint
+    return int(hint(expression))

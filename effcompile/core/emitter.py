@@ -17,6 +17,7 @@ from torch import Tensor
 from effcompile.core.artifact import Check, TensorInfo
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.errors import EffError
+from effcompile.core.export_form import Dialect
 from effcompile.core.plan import Plan
 from effcompile.core.program import Program
 from effcompile.core.site import Refusal
@@ -47,22 +48,37 @@ class Settings:
     """Hold what some emitters read.
 
     `opset` is that of ONNX (0: the emitter's own), `seconds` what one build of an engine may take, `profile` the sizes that an
-    engine takes (`tokens.1=1:128:2048`).
+    engine takes (`tokens.1=1:128:2048`), `flavor` whose operators an ONNX file may hold.
     """
 
     opset: int = 0
     seconds: float = 600.0
     profile: str = ""
+    flavor: str = "portable"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Say what inputs and outputs are called, and each size of each input (None: as torch calls it, or a number)."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    sizes: tuple[tuple[str | None, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Hold the model as it is for one target: the plan, the lowered program, and what makes an ExportedProgram of it."""
+    """Hold the model as it is for one target: the plan, the lowered program, and what makes an ExportedProgram of it.
+
+    `functions` are the bodies of operators of ONNX that are ours, `details` what the manifest says of forms of ONNX.
+    """
 
     target: Target
     plan: Plan
     program: Program
     restore: Callable[[], Any]
+    functions: tuple[str, ...] = ()
+    details: tuple[tuple[str, str], ...] = ()
 
     @functools.cached_property
     def exported(self) -> Any:
@@ -84,6 +100,7 @@ class Job:
     settings: Settings
     check: Checker
     say: Say
+    names: Names = Names()
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,10 @@ class Emitter(ABC):
         raise EffError(
             "EFF-E151", f"{self.name} is built for named chips: {', '.join(self.targets())}", hint="--target sm_89"
         )
+
+    def dialect(self, settings: Settings) -> Dialect | None:
+        """Return which operators of ONNX may stand in the lowered graph, None for none; raises EFF-E113 for what is not offered."""
+        return None
 
     @abstractmethod
     def refuse(self, target: Target) -> Refusal | None:

@@ -18,11 +18,35 @@ from effcompile.lowering.rates import power_law, rates_of
 
 NEAR = 3.5
 """Distance of sizes (logarithms of four ratios) up to which a layer counts as measured: each size off by 2.4 times, for example."""
-SHARES = {"fused": 0.75, "block-aligned": 0.5, "grouped": 0.5, "batched": 0.3, "dense": 0.6, "loop": 0.4}
+SHARES = {
+    "fused": 0.75,
+    "block-aligned": 0.5,
+    "grouped": 0.5,
+    "batched": 0.3,
+    "dense": 0.6,
+    "loop": 0.4,
+    "by-expert": 0.4,
+}
 """Of the chip's peak, by dispatch."""
-_TRAFFIC = {"fused": 1.0, "block-aligned": 1.0, "grouped": 1.0, "batched": 3.0, "dense": 1.0, "loop": 1.0}
+_TRAFFIC = {
+    "fused": 1.0,
+    "block-aligned": 1.0,
+    "grouped": 1.0,
+    "batched": 3.0,
+    "dense": 1.0,
+    "loop": 1.0,
+    "by-expert": 3.0,
+}
 """How often a weight that is used crosses the memory bus: fetched ones are read, written and read again."""
-_ROWS = {"fused": 2.0, "block-aligned": 3.0, "grouped": 8.0, "batched": 6.0, "dense": 6.0, "loop": 6.0}
+_ROWS = {
+    "fused": 2.0,
+    "block-aligned": 3.0,
+    "grouped": 8.0,
+    "batched": 6.0,
+    "dense": 6.0,
+    "loop": 6.0,
+    "by-expert": 8.0,
+}
 """Reads and writes of a row of activations a slot."""
 _CALLS = {"fused": 2.0, "block-aligned": 7.0, "grouped": 40.0, "batched": 8.0, "dense": 6.0}
 """Calls of the device. Those of grouped products are many: in a published decode run on a GPU they cost 0.9 ms a layer over fetched
@@ -95,5 +119,5 @@ def _modelled(name: str, site: MoESite, target: Target) -> Supported:
     moved = kinds.get(name, distinct(site)) * weights(site) * wide * _TRAFFIC[name]
     moved += _ROWS[name] * rows * (site.hidden + site.inner) * wide
     compute = 2.0 * rows * weights(site) / (_peak(site, device) * SHARES[name])
-    calls = 12.0 * distinct(site) if name == "loop" else _CALLS[name]
+    calls = 12.0 * distinct(site) if name in ("loop", "by-expert") else _CALLS[name]
     return Supported(max(compute, moved / device.memory_bandwidth) + calls * device.call_overhead)

@@ -40,6 +40,7 @@ NAMES = {
     "moe",
     "moe-memory",
     "moe-table",
+    "onnx-export",
     "peak-memory",
     "smollm2-decode",
     "smollm2-prefill",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import effcompile as eff
-from effcompile import exporting
+from effcompile import export_checks
 from effcompile.cli.models import load_model
 from effcompile.codegen.emitters.onnx import Onnx
 from effcompile.core.bundle import read_artifact
@@ -54,7 +55,7 @@ def test_models_of_the_zoo(name: str, opset: int, operator: str, sites: int, tmp
     assert bool(dict(made.details)["checked at one value"]) == (name == "zoo:dit-tiny")
     # Sizes that neither the trace nor the checks had.
     other = load_model(name, {"batch": 1, "seq": 9}, None, real=True)
-    errors = exporting.compare(eff.load(tmp_path / "a"), given.runnable, other.args, other.kwargs)
+    errors = export_checks.compare(eff.load(tmp_path / "a"), given.runnable, other.args, other.kwargs)
     assert max(error for error, _ in errors.values()) < 1e-5
 
 
@@ -95,6 +96,19 @@ def test_a_dispatch_without_a_form_there_gives_way_to_another(tmp_path: Path) ->
     assert [site.form for site in made.sites if site.status == "substituted"] == ["dense"] * 2
 
 
+def test_a_plan_made_for_torch_compile(tmp_path: Path) -> None:
+    given = load_model("zoo:llama-tiny", {"batch": 2, "seq": 16}, None, real=True)
+    plan = eff.explain(given.model, *given.args, target="cpu").plan
+    kernel = next(c for c in plan.graphs[0].choices if c.site)
+    other = plan.with_choice(replace(kernel, policy="tiled"))
+    made = eff.export(given.model, given.args, to="onnx", out=tmp_path / "a", options={"plan": other})
+    told = [(site.status, site.reason) for site in made.sites if site.site == kernel.site]
+    assert [status for status, _ in told] == ["substituted"]
+    assert "the plan has tiled" in told[0][1]
+    with pytest.raises(EffError, match="EFF-E120"):
+        eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "b", options={"plan": other})
+
+
 def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Onnx, "needs", ("onnx", "onnx_that_is_not_there"))
     with pytest.raises(EffError, match=r"EFF-E112 .*onnx_that_is_not_there"):
@@ -102,7 +116,7 @@ def test_a_missing_package_is_named_before_anything_runs(tmp_path: Path, monkeyp
 
 
 def test_other_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "LIMITS", {torch.float32: 0.0})
+    monkeypatch.setattr(export_checks, "LIMITS", {torch.float32: 0.0})
     with pytest.raises(EffError, match="EFF-E110"):
         eff.export(Head().eval(), (X,), to="onnx", out=tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

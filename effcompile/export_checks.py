@@ -1,0 +1,181 @@
+"""Compare what an export gives with what its model gives, at several values of every size that varies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from effcompile.capture.decoder import BATCH, LENGTH, cached_decoder
+from effcompile.capture.subject import Subject
+from effcompile.codegen.onnx.check import errors
+from effcompile.core.artifact import Check, Manifest
+from effcompile.core.emitter import Runner
+from effcompile.core.errors import EffError
+from effcompile.core.program import Program
+
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
+CODES = 0.02
+"""How far a cache's codes may be from eager's on average: some may differ, by one."""
+_TOKENS = ("input_ids", "tokens", "decoder_input_ids")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold a model's call as flat tensors: `sizes` names what may vary in each of them, None where a size is fixed."""
+
+    values: tuple[Tensor, ...]
+    sizes: tuple[tuple[str | None, ...], ...]
+
+    def hints(self) -> dict[str, int]:
+        """Return the sizes of the given call."""
+        return {s: n for x, row in zip(self.values, self.sizes, strict=True) for n, s in zip(x.shape, row) if s}
+
+    def at(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return the tensors at other sizes: their content is repeated, or cut."""
+        made = []
+        for value, row in zip(self.values, self.sizes, strict=True):
+            for dim, name in enumerate(row):
+                if name and sizes[name] != value.shape[dim]:
+                    value = value.index_select(dim, torch.arange(sizes[name]) % value.shape[dim])
+            made.append(value)
+        return tuple(made)
+
+
+def call_of(exported: torch.export.ExportedProgram, program: Program) -> Call:
+    """Return the call that a program was captured with."""
+    args, kwargs = exported.example_inputs
+    flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    entry = program.entries[0]
+    nodes = {node.name: node for node in entry.graph.graph.nodes if node.op == "placeholder"}
+    users = [
+        item.node for item in entry.inputs if item.kind == "user" and isinstance(nodes[item.node].meta["val"], Tensor)
+    ]
+    rows = [_sizes(nodes[name]) for name in users]
+    called = _called([(name, row) for name, row in zip(users, rows, strict=True)])
+    return Call(tuple(flat), tuple(tuple(size and called[size] for size in row) for row in rows))
+
+
+def _called(inputs: Sequence[tuple[str, tuple[str | None, ...]]]) -> dict[str, str]:
+    """Return a name for every symbol of (input, sizes) pairs, by where it stands first: a number says nothing to a reader."""
+    found: dict[str, str] = {}
+    for name, row in inputs:
+        for dim, size in enumerate(row):
+            if size is None or size in found:
+                continue
+            plain = BATCH if dim == 0 else LENGTH if dim == 1 and name in _TOKENS else ""
+            found[size] = plain if plain and plain not in found.values() else f"{name}_{dim}"
+    return found
+
+
+def _sizes(node: fx.Node) -> tuple[str | None, ...]:
+    return tuple(
+        str(size) if isinstance(size, torch.SymInt) and str(size).isidentifier() else None
+        for size in node.meta["val"].shape
+    )
+
+
+def checked(
+    of: Subject, exported: torch.export.ExportedProgram, call: Call, session: Runner, single: bool, meant: Any = None
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """Compare an export with eager at the given sizes, and with each size that may vary at another one.
+
+    `single` leaves out calls of several tokens behind a cache; `meant` gives the numbers that are meant, where not the model.
+    Returns the comparisons, and the sizes that could not be changed, alone or with all of the same value, since the model holds
+    them to others.
+    """
+    model = of.model if meant is None else meant
+    if of.points is not None:
+        checks: list[Check] = []
+        for point in of.points(single):
+            checks += _compared(session, point.args, model(*point.args), point.sizes, point.real, of.limit)
+        return tuple(checks), ()
+    guarded = exported.module()
+    eager = guarded if model is exported else model
+    hints = call.hints()
+    found: list[Check] = []
+    held: list[str] = []
+    changes: list[tuple[str, ...]] = [(), *((name,) for name in hints)]
+    for place, change in enumerate(changes):
+        sizes = {**hints, **{name: hints[name] + place for name in change}}
+        tensors = call.at(sizes)
+        leaves = iter(tensors)
+        given = [next(leaves) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(exported.example_inputs)]
+        args, kwargs = pytree.tree_unflatten(given, exported.call_spec.in_spec)
+        try:
+            guarded(*args, **kwargs)
+            wanted = eager(*args, **kwargs)
+        except (AssertionError, RuntimeError, IndexError, ValueError):
+            if not change:
+                raise
+            together = tuple(name for name in hints if hints[name] == hints[change[0]])
+            if len(change) == 1 and len(together) > 1:
+                if together not in changes:  # of inputs that belong together, such as tokens and their mask
+                    changes.append(together)
+            else:
+                held.extend(change)
+            continue
+        found += _compared(session, tensors, wanted, sizes)
+    return tuple(found), tuple(held)
+
+
+def _compared(
+    session: Runner,
+    tensors: Sequence[Tensor],
+    wanted: Any,
+    sizes: Mapping[str, int],
+    real: Tensor | None = None,
+    limit: float | None = None,
+) -> Iterator[Check]:
+    """Yield the comparison of each output; of a decoder's, what a padding token gives has to be numbers alone.
+
+    Raises:
+        EffError: EFF-E110 where one is too far away.
+    """
+    leaves = [x for x in pytree.tree_leaves(wanted) if isinstance(x, Tensor)]
+    for output, (error, kind) in errors(session, tensors, leaves, real, limit is not None).items():
+        if not error <= (limit or LIMITS.get(kind, 0.0 if real is None else CODES)):
+            told = ", ".join(f"{key}={n}" for key, n in sizes.items())
+            raise EffError(
+                "EFF-E110",
+                f"`{output}` is {error:.2e} away from eager at {told or 'the given sizes'}",
+                hint="model.eval() turns dropout off; eff repro MODEL finds a rewrite that is wrong",
+            )
+        yield Check(tuple(sizes.items()), float(f"{error:.3g}"), output)
+
+
+def compare(
+    session: Runner, model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[float, torch.dtype]]:
+    """Run an artifact and its model on one call; return for each output its error and the model's dtype.
+
+    Raises:
+        EffError: EFF-E110 where they have not the same number of outputs, EFF-E111 where the artifact does not take the call.
+    """
+    with torch.no_grad():
+        wanted = [x for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+    tensors = [x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)]
+    return errors(session, tensors, wanted)
+
+
+def compare_call(
+    session: Runner, manifest: Manifest, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[float, torch.dtype]]:
+    """Do the same with a call of a model whose cache the artifact takes: the call's tokens come behind some of their own.
+
+    Raises:
+        EffError: as `compare`; EFF-E118 where the cache holds codes, which eager has no calls of.
+    """
+    if not dict(manifest.details).get("cache"):
+        return compare(session, model, args, kwargs)
+    if dict(manifest.details).get("kv"):
+        raise EffError("EFF-E118", "the cache of the artifact holds codes: it was compared when it was exported")
+    call = cached_decoder(model)
+    ids = next(x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor))
+    with torch.no_grad():
+        return compare(session, call.module, call.point(ids.shape[0], ids.shape[1], 3).args, {})

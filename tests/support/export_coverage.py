@@ -1,0 +1,113 @@
+"""Export every model to ONNX, have ONNX Runtime give eager's numbers, and write what came of it as a table.
+
+`python -m tests.support.export_coverage --accept [CASE...]` writes tests/golden/export_coverage.json and docs/export_coverage.md;
+without `--accept` it prints a line for each and exits 1 where one fails that did not fail before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import effcompile as eff
+from effcompile.core.errors import EffError
+from tests.support.export_cases import ExportCase, export_cases
+
+ROOT = Path(__file__).parents[2]
+GOLDEN, PAGE = ROOT / "tests" / "golden" / "export_coverage.json", ROOT / "docs" / "export_coverage.md"
+Row = dict[str, Any]
+
+
+def exported(case: ExportCase, out: Path, opset: int = 20, flavor: str = "portable") -> Row:
+    """Export one case and return its row; what failed is in `failed`."""
+    begun = time.perf_counter()
+    kwargs = None if case.call is None else case.call()
+    row: Row = {"family": case.family, "cache": case.call is None, "opset": opset, "flavor": flavor}
+    try:
+        made = eff.export(
+            case.build(), (), kwargs or {}, to="onnx", out=out, opset=opset, flavor=flavor, cache=case.call is None
+        )
+    except EffError as error:
+        return {**row, "failed": " ".join(str(error).split())[:300], "seconds": round(time.perf_counter() - begun, 1)}
+    details = dict(made.details)
+    return {
+        **row,
+        "nodes": int(details["nodes"]),
+        "sites": len(made.sites),
+        "forms": details["forms"],
+        "points": len({check.sizes for check in made.checks}),
+        "error": max(check.error for check in made.checks),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def recorded() -> dict[str, Row]:
+    """Return the rows as committed."""
+    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+
+def page(rows: dict[str, Row]) -> str:
+    """Return the table as Markdown."""
+    good = [row for row in rows.values() if "failed" not in row]
+    counts = {
+        family: sum(row["family"] == family for row in good) for family in dict.fromkeys(r["family"] for r in good)
+    }
+    told = ", ".join(f"{n} {family}" for family, n in counts.items())
+    lines = [
+        "# Exports to ONNX",
+        "",
+        "Unmodified transformers 5.23 and diffusers 0.42 classes with random weights, exported by `eff.export` and run by ONNX",
+        "Runtime on a CPU. `points` are the batch sizes and lengths at which every output was compared with eager, `error` is",
+        "the largest difference over the largest value of an output. Decoders take and return their cache. Written by",
+        "`python -m tests.support.export_coverage --accept`.",
+        "",
+        f"{len(good)} of {len(rows)} hold: {told}.",
+        "",
+        "| model | family | cache | opset | flavor | nodes | sites | forms | points | error | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        head = f"| {name} | {row['family']} | {'yes' if row['cache'] else '-'} | {row['opset']} | {row['flavor']} |"
+        if "failed" in row:
+            lines.append(f"{head} - | - | {row['failed'].replace('|', 'or')} | - | - | {row['seconds']} |")
+        else:
+            error = f"{row['error']:.1e}"
+            lines.append(
+                f"{head} {row['nodes']} | {row['sites']} | {row['forms'] or '-'} | {row['points']} | {error} | {row['seconds']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Compare or accept."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--accept", action="store_true")
+    parser.add_argument("--opset", type=int, default=20)
+    parser.add_argument("--flavor", default="portable")
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args()
+    rows, worse = recorded(), 0
+    for case in export_cases():
+        if given.names and case.name not in given.names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = exported(case, Path(folder) / "a", given.opset, given.flavor)
+        worse += "failed" in fresh and "failed" not in rows.get(case.name, {})
+        sys.stdout.write(f"{case.name}: {fresh}\n")
+        sys.stdout.flush()
+        rows[case.name] = fresh
+        if given.accept:  # after each, since all of them take a quarter of an hour
+            known = {**recorded(), case.name: fresh}
+            rows = {case.name: known[case.name] for case in export_cases() if case.name in known}
+            GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")
+            PAGE.write_text(page(rows))
+    return 1 if worse and not given.accept else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
