@@ -68,7 +68,8 @@ def recognize_tokens(
     found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...]]] = []
     refusals: dict[str, Refusal] = {}
     for entry in program.entries:
-        mine = {site.id: site for site in sites if site.entry == entry.name}
+        there = {node.meta.get("eff.site") for node in entry.graph.graph.nodes}  # a result that nobody reads is gone
+        mine = {site.id: site for site in sites if site.entry == entry.name and site.id in there}
         refusals |= {name: Refusal("EFF-R101", "it hands no tokens on") for name in mine}
         for stream in streams(entry.graph.graph, mine, refusals):
             for name in stream.sites:
