@@ -21,7 +21,7 @@ from effcompile.lowering.rates import Curve
 
 INSTALLED = ROOT / "lowering" / rates.FILE
 
-TABLES = ("attention-table", "linear-table", "moe-table")
+TABLES = ("attention-table", "linear-table", "step-table", "moe-table")
 
 Point = tuple[float, float]
 """Seconds of a call, and the seconds that its work takes at the machine's GEMM rate."""
@@ -78,18 +78,20 @@ def measured(document: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     about = f"{date[:10]}, {last['cpu']['model']}, {last['threads']} threads, torch {last['versions']['torch']}"
     if document["case"] == "linear-table":
         return last["cpu"]["family"], {"linear": condense_linear(document), "linear_about": about}
+    if document["case"] == "step-table":
+        return last["cpu"]["family"], {"few": condense_linear(document, "eff-rows"), "few_about": about}
     if document["case"] == "moe-table":
         return last["cpu"]["family"], {"experts": condense_experts(document), "experts_about": about}
     return last["cpu"]["family"], {"about": about, **condense(document, last["cpu"]["peaks"])}
 
 
-def condense_linear(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how many times as fast oneDNN's layer is as torch's own, by dtype and widths, at the measured numbers of rows."""
+def condense_linear(document: Mapping[str, Any], arm: str = "eff-linear") -> dict[str, Any]:
+    """Return how many times as fast an arm's layer is as torch's own, by dtype and widths, at the measured numbers of rows."""
     found: dict[tuple[str, int, int], dict[int, float]] = {}
     for row in document["rows"]:
         at, arms = row["parameters"], row["arms"]
-        if all("seconds" in arms[name] for name in ("aten", "eff-linear")):
-            gain = arms["aten"]["seconds"]["median"] / arms["eff-linear"]["seconds"]["median"]
+        if all("seconds" in arms[name] for name in ("aten", arm)):
+            gain = arms["aten"]["seconds"]["median"] / arms[arm]["seconds"]["median"]
             found.setdefault((at["dtype"], at["in"], at["out"]), {})[at["length"]] = float(f"{gain:.3g}")
     return {
         " ".join(map(str, key)): {"rows": sorted(gains), "gains": [gains[rows] for rows in sorted(gains)]}

@@ -23,6 +23,7 @@ _NATIVE = {
     "eff::vertical_slash_blocks_v1": (native.PROBES, native.SCORES),
     "eff::pages_v1": (native.PAGES,),
     "eff::moe_v1": (native.EXPERTS,),
+    "eff::linear_rows_v1": (native.ROWS,),
 }
 """Ops that run C++ kernels on CPU tensors, and the sources of those."""
 

@@ -68,7 +68,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class LinearGain:
-    """Hold how many times as fast oneDNN's linear layer is as torch's own, at numbers of rows, for one layer's widths."""
+    """Hold how many times as fast a linear layer is as torch's own, at numbers of rows, for one layer's widths."""
 
     inputs: int
     outputs: int
@@ -101,7 +101,8 @@ class ExpertRate:
 class Rates:
     """Hold the curves of one family of CPUs, by (kernel, dtype, form), its GEMM rates, and gains of linear layers by dtype.
 
-    `experts` are the layers that a dispatch was measured on, by (dispatch, dtype).
+    `experts` are the layers that a dispatch was measured on, by (dispatch, dtype). `linear` is of oneDNN, `few` of
+    `eff::linear_rows_v1` with weights that come from memory.
 
     `gemm` is, by dtype, the share of the modelled peak that the machine's own GEMM reached; `about` says when, on what
     and with which torch it was measured.
@@ -113,6 +114,7 @@ class Rates:
     linear: Mapping[str, tuple[LinearGain, ...]]
     about: str
     experts: Mapping[tuple[str, str], tuple[ExpertRate, ...]] = field(default_factory=dict)
+    few: Mapping[str, tuple[LinearGain, ...]] = field(default_factory=dict)
 
     def expert_rate(self, dispatch: str, dtype: str, sizes: tuple[int, int, int, int]) -> ExpertRate | None:
         """Return the rate of the measured layer nearest to (experts, top_k, hidden, inner), or None where none was measured."""
@@ -120,17 +122,23 @@ class Rates:
         return min(layers, key=lambda layer: layer.distance(*sizes)) if layers else None
 
     def linear_gain(self, rows: int, inputs: int, outputs: int, dtype: str) -> float | None:
-        """Return the gain of the measured layer whose widths are nearest by ratio, or None where none was measured."""
+        """Return oneDNN's gain at the measured layer whose widths are nearest by ratio, or None where none was measured."""
+        return _gain(self.linear.get(dtype, ()), rows, inputs, outputs)
 
-        def distance(layer: LinearGain) -> float:
-            return abs(math.log(inputs / layer.inputs)) + abs(math.log(outputs / layer.outputs))
-
-        layers = self.linear.get(dtype)
-        return min(layers, key=distance).at(rows) if layers and inputs and outputs else None
+    def few_gain(self, rows: int, inputs: int, outputs: int, dtype: str) -> float | None:
+        """Return the gain of the kernel for a few rows likewise, or None where it was not measured."""
+        return _gain(self.few.get(dtype, ()), rows, inputs, outputs)
 
     def curve(self, kernel: str, dtype: str, form: str) -> Curve | None:
         """Return the curve of a kernel, or None where it was not measured."""
         return self.curves.get((kernel, dtype, form))
+
+
+def _gain(layers: Sequence[LinearGain], rows: int, inputs: int, outputs: int) -> float | None:
+    def distance(layer: LinearGain) -> float:
+        return abs(math.log(inputs / layer.inputs)) + abs(math.log(outputs / layer.outputs))
+
+    return min(layers, key=distance).at(rows) if layers and inputs and outputs else None
 
 
 def power_law(places: Sequence[float], values: Sequence[float], at: float) -> float:
@@ -165,18 +173,23 @@ def table() -> Mapping[str, Rates]:
 def read(name: str, data: Mapping[str, Any]) -> Rates:
     """Build the rates of one family from its JSON value."""
     curves = {tuple(key.split()): Curve.from_json(value) for key, value in data.get("curves", {}).items()}
-    linear: dict[str, tuple[LinearGain, ...]] = {}
-    for key, value in data.get("linear", {}).items():
-        dtype, inputs, outputs = key.split()
-        made = LinearGain(int(inputs), int(outputs), tuple(value["rows"]), tuple(value["gains"]))
-        linear[dtype] = (*linear.get(dtype, ()), made)
+    linear, few = (_gains(data.get(key, {})) for key in ("linear", "few"))
     experts: dict[tuple[str, str], tuple[ExpertRate, ...]] = {}
     for key, value in data.get("experts", {}).items():
         dispatch, dtype, *sizes = key.split()
         rate = ExpertRate(*map(int, sizes), tuple(value["tokens"]), tuple(value["shares"]))  # type: ignore[call-arg, arg-type]
         experts[dispatch, dtype] = (*experts.get((dispatch, dtype), ()), rate)
     about = str(data.get("about", ""))
-    return Rates(name, dict(data.get("gemm", {})), curves, linear, about, experts)  # type: ignore[arg-type]
+    return Rates(name, dict(data.get("gemm", {})), curves, linear, about, experts, few)  # type: ignore[arg-type]
+
+
+def _gains(data: Mapping[str, Any]) -> dict[str, tuple[LinearGain, ...]]:
+    found: dict[str, tuple[LinearGain, ...]] = {}
+    for key, value in data.items():
+        dtype, inputs, outputs = key.split()
+        made = LinearGain(int(inputs), int(outputs), tuple(value["rows"]), tuple(value["gains"]))
+        found[dtype] = (*found.get(dtype, ()), made)
+    return found
 
 
 def attained(device: Device) -> Device:

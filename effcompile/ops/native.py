@@ -19,7 +19,7 @@ import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKS, SCORES, PAGES, PROBES, CACHES = "attention_blocks", "block_scores", "pages", "probes", "kv_cache"
-EXPERTS = "moe"
+EXPERTS, ROWS = "moe", "linear_rows"
 KERNELS = {
     BLOCKS: {"eff_attention_blocks": 1},
     SCORES: {"eff_antidiagonal_mass": 1, "eff_top_cdf": 1},
@@ -27,16 +27,21 @@ KERNELS = {
     PROBES: {"eff_probe": 1, "eff_block_means": 1},
     CACHES: {"eff_kv_attention": 3, "eff_kv_append": 0},
     EXPERTS: {"eff_moe": 3},
+    ROWS: {"eff_linear_rows": 0},
 }
 """The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
 _FILES = {
     BLOCKS: ("tiles.h", "amx.h", "tiles_amx.h", "attention_blocks.cpp"),
     SCORES: ("tiles.h", "amx.h", "tiles_amx.h", "block_scores.cpp"),
     CACHES: ("codes.h", "kv_products.h", "kv_forms.h", "kv_problem.h", "kv_attention.cpp", "kv_append.cpp"),
+    ROWS: ("linear_rows.cpp",),
     EXPERTS: ("amx.h", "moe_tiles.h", "moe_pairs.h", "moe_rows.h", "moe.cpp"),
 }
 """The files of a source in `cpp/` behind `registers.h`, where they are not `tiles.h` and one of its own name."""
-_JOINED = {EXPERTS: ("moe_op.cpp", "eff_moe_join", "eff_moe")}
+_JOINED = {
+    EXPERTS: ("moe_op.cpp", "eff_moe_join", "eff_moe"),
+    ROWS: ("linear_rows_op.cpp", "eff_linear_rows_join", "eff_linear_rows"),
+}
 """Sources whose kernel torch's dispatcher calls without Python in between: a file that is built with torch's headers, the function
 in it to call, and the kernel whose address that gets. Where it cannot be built the op's body in Python calls the kernel."""
 _LOCK = threading.Lock()

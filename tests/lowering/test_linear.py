@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from effcompile import ops
 from effcompile.capture.export import capture_export
 from effcompile.core.plan import Plan
 from effcompile.core.target import Device
-from effcompile.lowering import linear
+from effcompile.lowering import linear, rates
 from effcompile.lowering.rates import nearest_rates, rates_of
 from effcompile.targets import cpu
 
@@ -29,9 +31,9 @@ def replaced(device: Device, rows: int, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_a_measured_gain_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = rates_of(AMD)
-    assert rates is not None
-    gain = rates.linear_gain(4096, 576, 1536, "float32")
+    known = rates_of(AMD)
+    assert known is not None
+    gain = known.linear_gain(4096, 576, 1536, "float32")
     assert gain is not None
     assert gain >= linear.GAIN
     assert replaced(AMD, 4096, monkeypatch) == 2
@@ -42,3 +44,19 @@ def test_a_cpu_that_was_not_measured_keeps_its_layers(monkeypatch: pytest.Monkey
     assert rates_of(UNKNOWN) is None
     assert nearest_rates(UNKNOWN) is not None
     assert replaced(UNKNOWN, 4096, monkeypatch) == 0
+
+
+def test_few_rows_go_to_their_kernel_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops.register()
+    gains = (rates.LinearGain(576, 1536, (1, 8), (2.0, 1.0)),)
+    known = replace(rates_of(AMD), few={"float32": gains})  # type: ignore[type-var]
+    monkeypatch.setattr(linear, "detect_cpu", lambda: AMD)
+    monkeypatch.setattr(linear, "rates_of", lambda device: known)
+    layers = torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.Linear(1536, 576))
+    found = {}
+    for rows in (1, 8, 16):
+        program = capture_export(torch.export.export(layers, (torch.zeros(rows, 576),)))
+        result = linear.SelectLinear().run(program, Plan.single("cpu"))
+        nodes = [node for entry in result.program.entries for node in entry.graph.graph.nodes]
+        found[rows] = sum(node.target is torch.ops.eff.linear_rows_v1.default for node in nodes)
+    assert found == {1: 2, 8: 0, 16: 0}
