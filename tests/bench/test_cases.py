@@ -46,6 +46,8 @@ NAMES = {
     "smollm2-prefill",
     "sparse-attention",
     "sparse-quality",
+    "step-table",
+    "tokens-dinov2",
     "versatile",
 }
 TINY = Settings(quick=True, rounds=2, warmup=1, threads=1, limit=120.0)
