@@ -1,4 +1,4 @@
-"""Look up how fast kernels were on a CPU: the tables that `eff bench attention-table linear-table moe-table --install` condensed.
+"""Look up how fast kernels were on a CPU: tables of `eff bench attention-table linear-table step-table moe-table`, condensed.
 
 `rates.json` holds, for each family of CPUs, kernel, dtype and form of the mask, the share of the machine's GEMM rate that an
 attention kernel reaches on the pairs that it visits, at some lengths; between them the share is a power law of the length. The head

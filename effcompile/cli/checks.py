@@ -91,7 +91,7 @@ def _hardware() -> Iterable[Check]:
         f"none of {family(cpu)}: kernels are chosen by a cost model, linear layers stay with torch"
         if rates is None
         else f"measured: {rates.about}",
-        "in a checkout: eff bench attention-table linear-table moe-table && eff bench --install"
+        "in a checkout: eff bench attention-table linear-table step-table moe-table && eff bench --install"
         if rates is None
         else "",
     )

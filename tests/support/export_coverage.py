@@ -74,7 +74,9 @@ def page(rows: dict[str, Row]) -> str:
     for name, row in rows.items():
         head = f"| {name} | {row['family']} | {'yes' if row['cache'] else '-'} | {row['opset']} | {row['flavor']} |"
         if "failed" in row:
-            lines.append(f"{head} - | - | {row['failed'].replace('|', 'or').replace('](', '] (')} | - | - | {row['seconds']} |")
+            lines.append(
+                f"{head} - | - | {row['failed'].replace('|', 'or').replace('](', '] (')} | - | - | {row['seconds']} |"
+            )
         else:
             error = f"{row['error']:.1e}"
             lines.append(
