@@ -8,8 +8,8 @@ On a CPU that is not in the table the layers stay with torch: on an Intel CPU, w
 made a whole prefill of SmolLM2 0.92 times as fast as eager in one run of `eff demo`.
 
 With one to eight rows, as in a step of decoding, a layer is bound by reading its weight, and MKL reads it with one core: on the
-same AMD machine 11 GB/s where two cores read 28. Such layers run on `eff::linear_rows_v1` where the table (step-table) says that it
-gains.
+same AMD machine 12 GB/s of a large layer where two cores read 24. Such layers run on `eff::linear_rows_v1` where the table
+(step-table) says that it gains.
 """
 
 from __future__ import annotations
