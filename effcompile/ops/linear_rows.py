@@ -1,9 +1,9 @@
 """Define `eff::linear_rows_v1`: x @ weight^T + bias for a few rows, at the rate of memory.
 
 A step of decoding is bound by reading weights. The BLAS of torch's wheel reads them with one core at one row: on a Zen 4 with two
-cores 12 GB/s of SmolLM2's head where this kernel reads 24 (step-table, float32). `cpp/linear_rows.cpp` reads with all cores and serves
-up to eight rows from one reading. The op's implementation on CPU is that kernel, called by the dispatcher itself; where it cannot be
-built, or for other operands, the op is `aten.linear`.
+cores 12 GB/s of SmolLM2's head where this kernel reads 24 (step-table, float32). `cpp/linear_rows.cpp` reads with all cores and
+serves up to eight rows from one reading. The op's implementation on CPU is that kernel, called by the dispatcher itself; where it
+cannot be built, or for other operands, the op is `aten.linear`.
 """
 
 from __future__ import annotations
