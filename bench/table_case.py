@@ -39,13 +39,16 @@ def measure(
     watch: Watch,
     *,
     useful_flops: float,
+    useful_bytes: float = 0.0,
     steps: int = 1,
 ) -> dict[str, Any]:
     """Measure the kernels of a row; one that is given as text is left out for that reason.
 
     Each arm gets seconds, `gflops` on what it visits, `useful_gflops` on what the row asks for, the share of this
-    machine's GEMM rate, and its largest difference from the first kernel. Where a call of an arm is several `steps` one after the
-    other, as those of a decode loop are, seconds are of one step, and so are the flops that are given.
+    machine's GEMM rate, and its largest difference from the first kernel; where `useful_bytes` says what has to be read
+    from memory, `times_copy` is how many times longer it takes than copying that many bytes at the rate of this machine.
+    Where a call of an arm is several `steps` one after the other, as those of a decode loop are, seconds are of one step,
+    and so are the flops and bytes that are given.
     """
     torch.set_num_threads(settings.threads)
     release()
@@ -69,9 +72,11 @@ def measure(
             calls[name] = call
             arms[name] = {**kernel.told, "max_error": float(f"{max_error(output, reference):.3g}")}
         del reference
-        matrix = gemm(str(row.parameters["dtype"]), settings.device)
+        yardsticks = {"gemm": gemm(str(row.parameters["dtype"]), settings.device)}
+        if useful_bytes:
+            yardsticks["copy"] = copying(settings.device)
         spreads = interleave(
-            {**calls, "gemm": matrix},
+            {**calls, **yardsticks},
             timer_for(settings.device),
             settings.rounds,
             warmup=settings.warmup,
@@ -79,6 +84,7 @@ def measure(
             tick=watch.tick,
         )
     gemm_rate = GEMM_FLOPS / spreads.pop("gemm").median
+    copy_rate = COPY_BYTES / spreads.pop("copy").median if useful_bytes else 0.0
     spreads = {name: spread.scaled(1 / steps) for name, spread in spreads.items()}
     for name, spread in spreads.items():
         kernel = kernels[name]
@@ -86,6 +92,7 @@ def measure(
         arms[name] = {
             "seconds": spread.to_json(),
             **_rates(spread, kernel.flops, useful_flops, gemm_rate),
+            **({"times_copy": float(f"{spread.median * copy_rate / useful_bytes:.4g}")} if useful_bytes else {}),
             **arms[name],
         }
     release()
@@ -97,6 +104,7 @@ def measure(
         "warmup": settings.warmup,
         "load": [round(value, 2) for value in load],
         "gemm_gflops": float(f"{gemm_rate / 1e9:.5g}"),
+        **({"copy_gb": float(f"{copy_rate / 1e9:.4g}"), "useful_bytes": round(useful_bytes)} if useful_bytes else {}),
         "arms": {name: arms[name] for name in kernels},
         "ratios": ratios(spreads, list(spreads)[:1], [name for name in ("eff",) if name in spreads]),
     }
@@ -119,6 +127,15 @@ def gemm(dtype: str, device: str) -> Callable[[], Tensor]:
     """Return a square matrix product of `GEMM_FLOPS` FLOP, the yardstick of the row."""
     left, right = (torch.ones(_EDGE, _EDGE, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     return lambda: left @ right
+
+
+COPY_BYTES = 2.0 * 2**27  # read and written, beyond the reach of a cache
+
+
+def copying(device: str) -> Callable[[], Tensor]:
+    """Return a copy that moves `COPY_BYTES`, the yardstick of what waits for memory."""
+    source, target = (torch.ones(2**25, dtype=torch.float32, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
 
 
 def seeded(shape: tuple[int, ...], dtype: str, device: str, seed: int) -> Tensor:

@@ -91,7 +91,7 @@ BLOCKS: dict[str, Build] = {
     "gshard": _gshard,
 }
 TRAINED = "pydoc-moe"  # the zoo's small model: its own weights, and what a layer of it gets for text
-LEAST = 64  # tokens of the block with a capacity: of a few, an expert takes none
+LEAST = 64  # tokens of a prefill: of fewer, an expert with a capacity takes none, and weights, not products, are what takes time
 EINSUM = "gshard"  # a block that is no transformers' one: the einsum itself under torch.compile is what there is to compare with
 
 
@@ -106,10 +106,11 @@ class MoE(Case):
     about: ClassVar[str] = (
         "Blocks of transformers with random weights and routing, the shapes of each family scaled to a CPU; `length` is "
         "tokens; a timed call of few tokens is eight steps in a row on eight inputs, as a decode loop makes them, and its time is "
-        "that of one step. eager: transformers' loop over experts. grouped-inductor, batched-inductor: its grouped_mm and "
-        "batched_mm under torch.compile. eff: the block as transformers sets it up by default. eff-prepared: after eff.prepare. "
-        "pydoc-moe: a layer of the zoo's trained model on text. gshard: two choices a token over 16 experts with a capacity, in "
-        "one-hot einsums; loop-inductor is these einsums under torch.compile."
+        "that of one step; times_copy holds it against copying the weights of the experts that were chosen. eager: transformers' "
+        "loop over experts. grouped-inductor, batched-inductor: its grouped_mm and batched_mm under torch.compile. eff: the block "
+        "as transformers sets it up by default. eff-prepared: after eff.prepare. pydoc-moe: a layer of the zoo's trained model on "
+        "text. gshard: two choices a token over 16 experts with a capacity, in one-hot einsums; loop-inductor is these einsums "
+        "under torch.compile."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = tuple(BLOCKS)
@@ -141,6 +142,8 @@ class MoE(Case):
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         slot = (2 if form == EINSUM else 3) * config.hidden_size * inner
         slots = tokens * config.num_experts_per_tok
+        shared = tokens * (getattr(config, "n_shared_experts", 0) or 0)
+        read = distinct(block, inputs) * slot * block_width(dtype) if tokens < LEAST else 0.0
         kernels: dict[str, Kernel | str] = {}
         chosen = self.chosen_arms(settings)
         for name in chosen if form != EINSUM or settings.arms else dict.fromkeys((*chosen, "loop-inductor")):
@@ -151,12 +154,13 @@ class MoE(Case):
             if ARMS[name][0] == "batched_mm" and fetched > FETCHED:
                 kernels[name] = f"it would fetch {fetched / 1e9:.0f} GB of weights"
                 continue
-            kernels[name] = Kernel(lambda name=name: call(block, inputs, *ARMS[name]), 2.0 * slots * slot)
+            kernels[name] = Kernel(lambda name=name: call(block, inputs, *ARMS[name]), 2.0 * (slots + shared) * slot)
         from torch._dynamo import config as dynamo
 
         with dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-            flops = 2.0 * slots * slot
-            return [table_case.measure(row, kernels, settings, watch, useful_flops=flops, steps=len(inputs))]
+            flops = 2.0 * (slots + shared) * slot
+            limits = {"useful_flops": flops, "useful_bytes": read}
+            return [table_case.measure(row, kernels, settings, watch, **limits, steps=len(inputs))]
 
 
 def build(form: str, tokens: int, dtype: str, device: str) -> tuple[nn.Module, list[Tensor]]:
@@ -166,10 +170,28 @@ def build(form: str, tokens: int, dtype: str, device: str) -> tuple[nn.Module, l
     if form != TRAINED:
         _fill(block)
     block = block.eval().to(dtype=getattr(torch, dtype), device=device)
-    count = INPUTS if tokens < 64 else 1
+    count = INPUTS if tokens < LEAST else 1
     if form == TRAINED:
         return block, [x.to(dtype=getattr(torch, dtype), device=device) for x in trained_moe.inputs(tokens, count)]
     return block, [seeded((1, tokens, config.hidden_size), dtype, device, seed) for seed in range(count)]
+
+
+def distinct(block: nn.Module, inputs: Sequence[Tensor]) -> float:
+    """Return how many experts a step reads, those that are shared among them: the mean over the inputs."""
+    experts = next(module for name, module in block.named_modules() if name.split(".")[-1] == "experts")
+    found: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point())
+        found.append(ids.unique().numel())
+
+    hook = experts.register_forward_pre_hook(count, with_kwargs=True)
+    with torch.no_grad():
+        for x in inputs:
+            block(x)
+    hook.remove()
+    shared = next((m.config.n_shared_experts for m in block.modules() if hasattr(m, "shared_experts")), 0)
+    return sum(found) / len(found) + float(shared)
 
 
 def block_width(dtype: str) -> int:

@@ -150,6 +150,9 @@ def _write_pages(report: Any, documents: Any) -> int:
         pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", quality)
     if caches := [document for document in documents if document["case"] == "kv-decode"]:
         pages["docs/kv_cache.md"] = load("cache_report").write(checkout() / "docs", caches)
+    experts = load("experts_report")
+    if blocks := [document for document in documents if document["case"] in experts.CASES]:
+        pages["docs/experts.md"] = experts.write(checkout() / "docs", blocks)
     for page, changed in pages.items():
         stdout().print(f"{page}: results written" if changed else f"{page}: already up to date")
     return 0
