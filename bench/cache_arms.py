@@ -92,10 +92,10 @@ def evicting(name: str, prompt: int) -> tuple[str, str]:
     return form, policy.format(half=half, rest=half - 4, few=min(32, half // 4))
 
 
-def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int) -> CacheArm:
+def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int, backend: str = "") -> CacheArm:
     """Return an arm that reads a prompt `[1, n]` by itself, since what it drops depends on the queries.
 
-    Its steps are eager: the arms are compared by what the model says.
+    Its steps are eager unless `backend` names a compiler: arms that are compared by what the model says need none.
     """
     form, policy = evicting(name, prompt.shape[1])
     cache: Any = eff.kv_cache(prepared, form, evict=policy, capacity=capacity)
@@ -108,7 +108,7 @@ def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int) -> Cac
             for part, tensor in kept.items():
                 state[part].copy_(tensor)
 
-    return CacheArm(_stepper(prepared, cache), rewind, cache.nbytes)
+    return CacheArm(_stepper(_compiled(prepared, backend) if backend else prepared, cache), rewind, cache.nbytes)
 
 
 def key_reader(name: str, prepared: Any) -> Callable[..., Tensor]:

@@ -105,7 +105,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _table(row: Mapping[str, Any]) -> str:
-    """Return a line an arm that ran, with those columns that any arm has."""
+    """Return a line an arm that ran, with those columns that any arm has; times of the form that is about them alone."""
     arms = {name: arm for name, arm in row["arms"].items() if "seconds" in arm}
     base = next(iter(row["arms"]))
     speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == base}
@@ -120,6 +120,8 @@ def _table(row: Mapping[str, Any]) -> str:
         "pass keys": lambda name, arm: _keys(arm.get("pass_key")),
         "prompts with equal tokens": lambda name, arm: _equal(arm.get("generate")),
     }
+    if row["parameters"]["form"] != "speed":
+        columns = dict(list(columns.items())[2:])
     shown = {title: [cell(name, arm) for name, arm in arms.items()] for title, cell in columns.items()}
     shown = {title: cells for title, cells in shown.items() if any(cells)}
     lines = ["| cache | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * len(shown)]

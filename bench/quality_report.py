@@ -104,12 +104,11 @@ def _pass_keys(row: Mapping[str, Any]) -> str:
 
 
 def _pass_key_table(row: Mapping[str, Any]) -> str:
-    lines = ["| policy | found | run |", "| --- | ---: | ---: |"]
+    lines = ["| policy | found |", "| --- | ---: |"]
     for arm in row["arms"].values():
         if "pass_key" in arm:
             found = arm["pass_key"]
-            seconds = arm["seconds"]["median"]
-            lines.append(f"| `{arm['policy'] or DENSE}` | {found['found']} of {found['tries']} | {seconds:.2f} s |")
+            lines.append(f"| `{arm['policy'] or DENSE}` | {found['found']} of {found['tries']} |")
     return "\n".join(lines)
 
 

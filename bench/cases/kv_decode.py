@@ -59,10 +59,10 @@ class KVDecode(BaseCase):
     title: ClassVar[str] = "SmolLM2-135M decode with compressed KV caches"
     about: ClassVar[str] = (
         "One prefill of real text by the unmodified model fills every cache. speed: the arms take turns at one-token steps up to "
-        "`length` tokens; seconds are per token. quality: each arm continues a prompt of a quarter of `length` with the true text, "
-        "token by token, and its logits are compared with those of the model's own cache (dynamic, eager). "
-        "evict: the same for caches that hold half of a prompt of three quarters of `length`, eager, and how many pass keys "
-        "they find in prompts of that length. "
+        "`length` tokens; seconds are per token; caches that evict hold half of the prompt. quality: each arm continues a prompt "
+        "of a quarter of `length` with the true text, token by token, and its logits are compared with those of the model's own "
+        "cache (dynamic, eager). evict: the same for caches that hold half of a prompt of three quarters of `length`, eager, and "
+        "how many pass keys they find in prompts of that length. "
         "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
         "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
@@ -124,7 +124,7 @@ class KVDecode(BaseCase):
                 "warmup": settings.warmup,
                 "load": [round(value, 2) for value in load],
                 "arms": {name: arms[name] for name in names},
-                "ratios": ratios(spreads, names[:1], tuple(name for name in FORMATS if name in spreads))
+                "ratios": ratios(spreads, names[:1], tuple(name for name in (*FORMATS, *EVICTIONS) if name in spreads))
                 if form == "speed"
                 else [],
             }
@@ -147,17 +147,18 @@ class KVDecode(BaseCase):
         ids = token_windows(plain.tokenizer, pydoc_text(), length, 1)
         watch.say("prefill")
         past = prefill(plain.model, ids[:, : length - steps])
-        arms: dict[str, Any] = {name: {"skipped": OTHER} for name in names if name in EVICTIONS}
-        names = [name for name in names if name not in EVICTIONS]
+        arms: dict[str, Any] = {}
         calls: dict[str, Any] = {}
         made: dict[str, CacheArm] = {}
-        last = ids[:, length - steps :]
+        prompt, last = ids[:, : length - steps], ids[:, length - steps :]
         for name in names:
             watch.say(f"preparing {name}")
             begun = time.perf_counter()
             try:
-                ranges = self._ranges(name, plain)
-                arm = make_arm(name, plain.model, prepared, past, length, ranges, ids[:, : length - steps])
+                if name in EVICTIONS:
+                    arm = evicting_arm(name, prepared, prompt, length, "eff")
+                else:
+                    arm = make_arm(name, plain.model, prepared, past, length, self._ranges(name, plain), prompt)
                 _steps(arm, last)
             except Exception as error:
                 arms[name] = {"skipped": scrub(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")}
@@ -165,7 +166,7 @@ class KVDecode(BaseCase):
             made[name], calls[name] = arm, lambda arm=arm: _steps(arm, last)
             arms[name] = {
                 "compile_seconds": float(f"{time.perf_counter() - begun:.4g}"),
-                **_bytes(arm, plain, length, FORMATS.get(name, "")),
+                **_bytes(arm, plain, length, _policy(name, prompt.shape[1])),
             }
         with _no_collection():
             spreads = interleave(
@@ -236,7 +237,7 @@ class KVDecode(BaseCase):
                 seconds, found = timer.time(lambda arm=arm, ids=ids: _steps(arm, ids[:, prompt:]))
                 samples.setdefault(name, []).append(seconds / (length - prompt))
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
-                arms[name] = _bytes(arm, plain, length, " evict=".join(evicting(name, prompt)))
+                arms[name] = _bytes(arm, plain, length, _policy(name, prompt))
                 watch.tick(name)
         hunters: dict[str, pass_keys.Call] = {
             "dense": lambda ids, logits_to_keep: plain.model(ids, logits_to_keep=logits_to_keep).logits
@@ -292,6 +293,11 @@ def _with_quality(
     for name, spread in spreads.items():
         arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
     return arms, spreads
+
+
+def _policy(name: str, prompt: int) -> str:
+    """Return what an arm of ours does with a prompt of so many tokens, as `eff.prepare` takes it; '' for the others."""
+    return " evict=".join(evicting(name, prompt)) if name in EVICTIONS else FORMATS.get(name, "")
 
 
 def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[str, Any]:
