@@ -107,7 +107,9 @@ def test_every_body_is_the_double_loop(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("hidden", "inner", "experts"), [(32, 40, 4), (64, 96, 4), (96, 160, 1), (64, 224, 9)])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "experts"), [(32, 40, 4), (64, 96, 4), (90, 62, 4), (45, 33, 4), (96, 160, 1), (64, 224, 9)]
+)
 @pytest.mark.parametrize("gate", [Gate(), OSS], ids=["halves", "pairs"])
 def test_narrow_dtypes_lose_no_more_than_eager(
     dtype: torch.dtype, transposed: bool, hidden: int, inner: int, experts: int, gate: Gate

@@ -1,7 +1,7 @@
 // Products of rows of weights with panels of tokens in bfloat16, on dot products of pairs and on AMX. It comes after moe_tiles.h.
 //
 // A panel of pairs is [depth / 2][PANEL] numbers of 32 bits, two neighbors of one token in each. Weights are read as the model has
-// them: 16 rows at even distances are one tile of AMX. Depths are multiples of 32. Sums are in float32.
+// them: 16 rows at even distances are one tile of AMX, where depths are multiples of 32. Others are even. Sums are in float32.
 
 namespace {
 
@@ -105,7 +105,7 @@ inline void multiply(const TileRegisters& registers, int64_t tokens, int64_t cou
                      const at::BFloat16* panel, float* c) {
   int64_t i = 0;
 #if EFF_AMX
-  while (registers.on() && i + 16 <= count) {
+  while (registers.on() && depth % STEP<at::BFloat16> == 0 && i + 16 <= count) {
     const int64_t many = even_rows(rows + i, count - i, 32);
     if (!many) break;
     const int64_t stride = rows[i + 1] - rows[i];
