@@ -21,6 +21,21 @@ inline void turn(const at::BFloat16* rows, int64_t stride, int64_t count, int64_
   turn(reinterpret_cast<const float*>(rows), stride / 2, count, depth / 2, reinterpret_cast<float*>(panel));
 }
 
+// The first W columns of rows of weights, turned: to[j * depth + k] = from[k * stride + j]. Returns the k from which on the rest is left.
+inline int64_t turn_columns(const at::BFloat16* from, int64_t stride, int64_t depth, at::BFloat16* to) {
+  float held[W * W];
+  const auto wide = [&](int64_t k) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k * stride))); };
+  int64_t k = 0;
+  for (; k + 2 * W <= depth; k += 2 * W) {
+    for (int64_t q = 0; q < W; ++q) {
+      const __m512i pairs = _mm512_or_si512(wide(k + 2 * q), _mm512_slli_epi32(wide(k + 2 * q + 1), 16));
+      _mm512_storeu_si512(held + q * W, pairs);
+    }
+    turn_block(held, W, reinterpret_cast<float*>(to + k), depth / 2);
+  }
+  return k;
+}
+
 // Numbers i and i + 1 of W tokens next to each other, rounded.
 inline void store_pair(const Vec& even, const Vec& odd, at::BFloat16* to) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));

@@ -51,6 +51,10 @@ void ready(const Shape& shape, const T* const* heads, int64_t count, const P** r
           turn_block(held, W, to + k, shape.depth);
         }
       }
+    } else if constexpr (PAIRS<P> && std::is_same_v<T, P>) {
+#if EFF_DOT_BF16
+      if (run == W) k = turn_columns(from, shape.stride, shape.depth, to);
+#endif
     }
     for (; k < shape.depth; ++k)
       for (int64_t j = 0; j < run; ++j) to[j * shape.depth + k] = static_cast<P>(from[k * shape.stride + j]);
