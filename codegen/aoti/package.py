@@ -48,7 +48,11 @@ def write_package(exported: Any, path: Path, weights: Path, constants_of: Any) -
     known: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
     names = constants_of(path)
     if lost := [name for name in names if not isinstance(known.get(name), Tensor)]:
-        raise EffError("EFF-E173", f"AOTInductor made a constant `{lost[0]}` that is no weight of the model")
+        raise EffError(
+            "EFF-E173",
+            f"AOTInductor made a constant `{lost[0]}` that is no weight of the model",
+            hint="register_buffer(...) for tensors that the forward makes; --to onnx takes them",
+        )
     # Weights that share memory are saved one by one: a file holds no views.
     save_file({name: known[name].detach().cpu().contiguous().clone() for name in names}, str(weights))
 

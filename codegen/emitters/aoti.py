@@ -8,6 +8,7 @@ import torch
 
 from effcompile.codegen.aoti.package import FILE, WEIGHTS, tensors_of, write_package
 from effcompile.codegen.aoti.session import AotiSession
+from effcompile.core.artifact import AGAIN
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.emitter import Emitted, Emitter, Job, Runner
 from effcompile.core.errors import EffError
@@ -68,7 +69,9 @@ class Aoti(Emitter):
         if provider != device:
             raise EffError("EFF-E112", f"the package is for {device}, not for {provider}", hint=f"--provider {device}")
         if device == "cuda" and not torch.cuda.is_available():
-            raise EffError("EFF-E112", "the package is for a GPU, and torch sees none here")
+            raise EffError(
+                "EFF-E112", "the package is for a GPU, and torch sees none here", hint="eff doctor; --target cpu"
+            )
         names = [x.name for x in artifact.manifest.inputs], [x.name for x in artifact.manifest.outputs]
         return _loaded(AotiSession(artifact.file(FILE), *names, device), artifact.file(WEIGHTS))
 
@@ -79,6 +82,6 @@ def _loaded(session: AotiSession, weights: object) -> AotiSession:
     try:
         values = load_file(str(weights))
     except Exception as error:
-        raise EffError("EFF-E172", f"the weights cannot be read: {error}") from None
+        raise EffError("EFF-E172", f"the weights cannot be read: {error}", hint=AGAIN) from None
     session.load_constants(values)
     return session

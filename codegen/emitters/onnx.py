@@ -33,7 +33,11 @@ class Onnx(Emitter):
         """Return the opset and the flavor that were asked for."""
         opset = settings.opset or OPSET
         if opset not in OPSETS:
-            raise EffError("EFF-E113", f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are")
+            raise EffError(
+                "EFF-E113",
+                f"opset {opset} is not offered; {OPSETS[0]} to {OPSETS[-1]} are",
+                hint=f"--opset {OPSET} is read by every runtime",
+            )
         if settings.flavor not in FLAVORS:
             raise unknown("EFF-E113", "flavor of ONNX", settings.flavor, FLAVORS)
         return Dialect(opset, settings.flavor)

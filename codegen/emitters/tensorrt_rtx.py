@@ -108,7 +108,11 @@ class TensorRtRtx(Emitter):
         paths = {word: artifact.file(name) for word, name in names.items()}  # refuses without trust
         word = chip_here()
         if word not in paths:
-            raise EffError("EFF-E165", f"the artifact has no engine for {word}; it has {', '.join(names)}")
+            raise EffError(
+                "EFF-E165",
+                f"the artifact has no engine for {word}; it has {', '.join(names)}",
+                hint=f"eff export MODEL --to tensorrt-rtx --target {word}, or --provider cpu",
+            )
         return EngineSession(paths[word], artifact.manifest.inputs, artifact.manifest.outputs)
 
 

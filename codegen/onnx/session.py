@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcompile.core.emitter import SIZES_HINT, check_inputs
 from effcompile.core.errors import EffError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -32,7 +33,11 @@ class Session:
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=[word])
         except Exception as error:
-            raise EffError("EFF-E111", f"ONNX Runtime does not load {path.name}: {_told(error)}") from error
+            raise EffError(
+                "EFF-E111",
+                f"ONNX Runtime does not load {path.name}: {_told(error)}",
+                hint="a newer onnxruntime, or a lower --opset; --flavor portable has standard operators alone",
+            ) from error
         self.inputs: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(item.name for item in self._session.get_outputs())
 
@@ -42,16 +47,13 @@ class Session:
         Raises:
             EffError: EFF-E111 for a missing or an unknown input, and where ONNX Runtime fails, with its words.
         """
-        if missing := [name for name in self.inputs if name not in given]:
-            raise EffError("EFF-E111", f"input `{missing[0]}` is missing; the model takes {', '.join(self.inputs)}")
-        if odd := [name for name in given if name not in self.inputs]:
-            raise EffError("EFF-E111", f"the model has no input `{odd[0]}`; it takes {', '.join(self.inputs)}")
+        check_inputs(self.inputs, given)
         try:
             found: Sequence[Any] = self._session.run(
                 None, {name: x.detach().cpu().numpy() for name, x in given.items()}
             )
         except Exception as error:
-            raise EffError("EFF-E111", f"ONNX Runtime fails: {_told(error)}") from error
+            raise EffError("EFF-E111", f"ONNX Runtime fails: {_told(error)}", hint=SIZES_HINT) from error
         return {name: torch.from_numpy(x) for name, x in zip(self.outputs, found, strict=True)}
 
 

@@ -22,7 +22,9 @@ def parse_profile(text: str) -> dict[str, Span]:
             raise EffError("EFF-E166", f"`{part}` is not INPUT.DIM=MIN:OPT:MAX", hint="--profile tokens.1=1:128:2048")
         low, best, high = map(int, numbers)
         if not 1 <= low <= best <= high:
-            raise EffError("EFF-E166", f"`{part}`: 1 <= MIN <= OPT <= MAX does not hold")
+            raise EffError(
+                "EFF-E166", f"`{part}`: 1 <= MIN <= OPT <= MAX does not hold", hint="--profile tokens.1=1:128:2048"
+            )
         found[name.strip()] = (low, best, high)
     return found
 
@@ -45,7 +47,11 @@ def profile(
             raise unknown("EFF-E166", "dimension that varies", place, places)
         size = places[place]
         if size not in sizes or size in fixed or given.setdefault(size, span) != span:
-            raise EffError("EFF-E166", f"`{place}` is held to another size ({size}) and cannot be given alone")
+            raise EffError(
+                "EFF-E166",
+                f"`{place}` is held to another size ({size}) and cannot be given alone",
+                hint=f"give all dimensions of that size alike, or those of {', '.join(sizes) or 'none'}",
+            )
         spans[size] = span
     found = {}
     for x in inputs:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effcompile.core.artifact import TensorInfo
+from effcompile.core.emitter import check_inputs
 from effcompile.core.errors import EffError
 
 
@@ -40,7 +41,11 @@ class EngineSession:
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise EffError("EFF-E164", f"{module} does not load {path.name}: it is damaged, or of another version")
+            raise EffError(
+                "EFF-E164",
+                f"{module} does not load {path.name}: it is damaged, or of another version",
+                hint=f"eff show DIR has the version of {module} that built it",
+            )
         self._context = self._engine.create_execution_context()
         self.inputs: tuple[str, ...] = tuple(x.name for x in inputs)
         self.outputs: tuple[str, ...] = tuple(x.name for x in outputs)
@@ -48,12 +53,15 @@ class EngineSession:
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return every output by its name; raises EFF-E111 for other inputs, and for sizes outside of the engine's."""
-        if sorted(given) != sorted(self.inputs):
-            raise EffError("EFF-E111", f"the inputs are {', '.join(given)}; the engine takes {', '.join(self.inputs)}")
+        check_inputs(self.inputs, given)
         kept = {name: x.to("cuda").contiguous() for name, x in given.items()}
         for name, x in kept.items():
             if not self._context.set_input_shape(name, tuple(x.shape)):
-                raise EffError("EFF-E111", f"`{name}` of {tuple(x.shape)} is outside of the engine's sizes")
+                raise EffError(
+                    "EFF-E111",
+                    f"`{name}` of {tuple(x.shape)} is outside of the engine's sizes",
+                    hint="--profile INPUT.DIM=MIN:OPT:MAX sets them at export",
+                )
             self._context.set_tensor_address(name, x.data_ptr())
         found = {}
         for name in self.outputs:
@@ -62,6 +70,6 @@ class EngineSession:
             self._context.set_tensor_address(name, found[name].data_ptr())
         stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise EffError("EFF-E111", "the engine fails")
+            raise EffError("EFF-E111", "the engine fails", hint="--provider cpu runs the ONNX beside it")
         stream.synchronize()
         return {name: x.cpu() for name, x in found.items()}

@@ -64,7 +64,9 @@ def _call(node: fx.Node, compute: str) -> Call:
             # What looks at data after the launches repairs rows without keys; it launches nothing.
             if not kept:
                 raise EffError(
-                    "EFF-E153", f"{op} cannot be launched without data: {' '.join(str(error).split())[:200]}"
+                    "EFF-E153",
+                    f"{op} cannot be launched without data: {' '.join(str(error).split())[:200]}",
+                    hint="kernels:all has every kernel without a model's launches",
                 ) from error
     if not kept:
         raise EffError(

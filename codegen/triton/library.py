@@ -91,7 +91,11 @@ def _job(want: Want, draft: Draft) -> dict[str, Any]:
 
 def _row(want: Want, answer: Mapping[str, Any]) -> dict[str, Any]:
     if answer["scratch"]:
-        raise EffError("EFF-E153", f"{want.name} needs {answer['scratch']} bytes of scratch memory a program")
+        raise EffError(
+            "EFF-E153",
+            f"{want.name} needs {answer['scratch']} bytes of scratch memory a program, which the loader does not give",
+            hint="another --target, or torch.compile on the GPU",
+        )
     code, text = _places(want)
     types, binary = dict(want.form.types), answer["binary"]
     arguments = [

@@ -40,7 +40,9 @@ def run(
     from effcompile.exporting import load
 
     if (input is None) == (text is None):
-        raise EffError("EFF-E111", "give the inputs: either --input FILE.npz or --text TEXT")
+        raise EffError(
+            "EFF-E111", "give the inputs: either --input FILE.npz or --text TEXT", hint="eff show DIR lists them"
+        )
     if text is not None:
         return _continue(artifact, text, tokens, provider, as_json)
     assert input is not None
@@ -49,7 +51,9 @@ def run(
         with numpy.load(input, allow_pickle=False) as file:
             values = {name: torch.from_numpy(file[name]) for name in file.files}
     except (OSError, ValueError) as error:
-        raise EffError("EFF-E111", f"{input} is no .npz of plain arrays: {error}") from None
+        raise EffError(
+            "EFF-E111", f"{input} is no .npz of plain arrays: {error}", hint="numpy.savez(FILE, NAME=array, ...)"
+        ) from None
     begun = time.perf_counter()
     found = session(values)
     seconds = time.perf_counter() - begun

@@ -25,6 +25,12 @@ _PART = re.compile(r"[A-Za-z0-9_+=@,()\-][A-Za-z0-9._+=@,()\- ]*")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{word}{n}" for word in ("com", "lpt") for n in range(1, 10))}
 LONGEST = 512  # characters of a file's name
+AGAIN = "copy it again from where it was made, or export it again; `eff verify DIR` checks it"
+
+
+def broken(code: str, message: str) -> EffError:
+    """Build the error for an artifact that is not what was written."""
+    return EffError(code, message, hint=AGAIN)
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,14 @@ class Manifest:
         try:
             data = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            raise EffError(CODE, f"{NAME} is no JSON: {error}") from None
+            raise broken(CODE, f"{NAME} is no JSON: {error}") from None
         fields = _taken(data, {"schema": int, **dict.fromkeys(_TYPES, object)}, NAME)
         if fields.pop("schema") != SCHEMA:
-            raise EffError(CODE, f"{NAME} has schema {data['schema']}; this version reads {SCHEMA}")
+            raise broken(CODE, f"{NAME} has schema {data['schema']}; this version reads {SCHEMA}")
         for name, kind in _TYPES.items():
             _is(fields[name], kind, name)
         if fields["form"] not in FORMS:
-            raise unknown(CODE, "form of an artifact", str(fields["form"]), FORMS)
+            raise unknown(CODE, "form of an artifact", str(fields["form"]), FORMS, AGAIN)
         return cls(
             form=fields["form"],
             model=fields["model"],
@@ -145,7 +151,7 @@ def check_name(name: Any) -> str:
             for part in parts
         ):
             return name
-    raise EffError("EFF-E103", f"{str(name)[:80]!r} is no name of a file in an artifact")
+    raise broken("EFF-E103", f"{str(name)[:80]!r} is no name of a file in an artifact")
 
 
 _TYPES: Mapping[str, type] = {
@@ -165,7 +171,7 @@ def _is(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(k.__name__ for k in kinds)
-        raise EffError(CODE, f"`{name}` of {NAME} is a {type(value).__name__}, not a {wanted}")
+        raise broken(CODE, f"`{name}` of {NAME} is a {type(value).__name__}, not a {wanted}")
     return value
 
 
@@ -173,10 +179,10 @@ def _taken(data: Any, kinds: Mapping[str, Any], name: str) -> dict[str, Any]:
     _is(data, dict, name)
     for key in data:
         if key not in kinds:
-            raise unknown(CODE, f"field of {name}", str(key)[:80], kinds)
+            raise unknown(CODE, f"field of {name}", str(key)[:80], kinds, AGAIN)
     for key, kind in kinds.items():
         if key not in data:
-            raise EffError(CODE, f"{name} has no `{key}`")
+            raise broken(CODE, f"{name} has no `{key}`")
         if kind is not object:
             _is(data[key], kind, f"{name}.{key}")
     return dict(data)
@@ -195,7 +201,7 @@ def _tensor(data: Any) -> TensorInfo:
 def _site(data: Any) -> SiteForm:
     taken = _taken(data, {"site": str, "status": str, "form": str, "reason": str}, "a site")
     if taken["status"] not in get_args(Status):
-        raise unknown(CODE, "status of a site", taken["status"], get_args(Status))
+        raise unknown(CODE, "status of a site", taken["status"], get_args(Status), AGAIN)
     return SiteForm(**taken)
 
 
@@ -211,9 +217,9 @@ def _files(data: Mapping[str, Any]) -> tuple[tuple[str, FileEntry], ...]:
         check_name(name)
         taken = _taken(entry, {"sha256": str, "bytes": int, "native": bool}, f"file {name}")
         if not _HASH.fullmatch(taken["sha256"]) or taken["bytes"] < 0:
-            raise EffError(CODE, f"file {name} has no SHA-256 or no size")
+            raise broken(CODE, f"file {name} has no SHA-256 or no size")
         found.append((name, FileEntry(**taken)))
     # Some file systems do not tell upper and lower case apart.
     if len({name.lower() for name, _ in found} | {NAME}) != len(found) + 1:
-        raise EffError("EFF-E103", "two files of the artifact have one name")
+        raise broken("EFF-E103", "two files of the artifact have one name")
     return tuple(found)

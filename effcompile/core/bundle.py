@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-from effcompile.core.artifact import NAME, FileEntry, Manifest, check_name
+from effcompile.core.artifact import NAME, FileEntry, Manifest, broken, check_name
 from effcompile.core.errors import EffError
 
 MOST_FILES = 10_000
@@ -88,7 +88,11 @@ class Artifact:
         """
         entry = self._entries.get(name)
         if entry is None:
-            raise EffError("EFF-E104", f"the artifact has no `{name}`; it has {', '.join(self._entries) or 'no file'}")
+            raise EffError(
+                "EFF-E104",
+                f"the artifact has no `{name}`; it has {', '.join(self._entries) or 'no file'}",
+                hint="eff show DIR lists its files",
+            )
         if entry.native and not self.trust:
             raise EffError(
                 "EFF-E107",
@@ -126,7 +130,9 @@ def read_artifact(path: Path, *, trust: bool = False) -> Artifact:
     """
     if path.is_symlink() or not path.exists():
         raise EffError(
-            "EFF-E102", f"{path} is no artifact: {'it is a link' if path.is_symlink() else 'nothing is there'}"
+            "EFF-E102",
+            f"{path} is no artifact: {'it is a link' if path.is_symlink() else 'nothing is there'}",
+            hint=f"eff export MODEL --to onnx -o {path} makes one",
         )
     if path.is_dir():
         return _checked(path, trust, None)
@@ -142,28 +148,28 @@ def read_artifact(path: Path, *, trust: bool = False) -> Artifact:
 def _checked(folder: Path, trust: bool, held: Path | None) -> Artifact:
     place = folder / NAME
     if not os.path.lexists(place):
-        raise EffError("EFF-E102", f"{folder} is no artifact: it has no {NAME}")
+        raise broken("EFF-E102", f"{folder} is no artifact: it has no {NAME}")
     kind = os.lstat(place)
     if not stat.S_ISREG(kind.st_mode):
-        raise EffError("EFF-E103", f"{NAME} is no plain file")
+        raise broken("EFF-E103", f"{NAME} is no plain file")
     if kind.st_size > MOST_MANIFEST:
-        raise EffError("EFF-E106", f"{NAME} has {kind.st_size} bytes")
+        raise broken("EFF-E106", f"{NAME} has {kind.st_size} bytes")
     try:
         manifest = Manifest.read(place.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise EffError("EFF-E104", f"{NAME} is no UTF-8") from None
+        raise broken("EFF-E104", f"{NAME} is no UTF-8") from None
     listed = dict(manifest.files)
     _check_amount(len(listed), sum(entry.bytes for entry in listed.values()))
     there = dict(_files_of(folder))
     for name in sorted(set(there) - set(listed) - {NAME}):
-        raise EffError("EFF-E105", f"`{name}` is in the artifact and not in its manifest")
+        raise broken("EFF-E105", f"`{name}` is in the artifact and not in its manifest")
     for name, entry in sorted(listed.items()):
         if name not in there:
-            raise EffError("EFF-E105", f"`{name}` is missing")
+            raise broken("EFF-E105", f"`{name}` is missing")
         if there[name].stat().st_size != entry.bytes:
-            raise EffError("EFF-E105", f"`{name}` has {there[name].stat().st_size} bytes, {entry.bytes} are recorded")
+            raise broken("EFF-E105", f"`{name}` has {there[name].stat().st_size} bytes, {entry.bytes} are recorded")
         if _hashed(there[name])[0] != entry.sha256:
-            raise EffError("EFF-E105", f"`{name}` is not the file that was written: its SHA-256 differs")
+            raise broken("EFF-E105", f"`{name}` is not the file that was written: its SHA-256 differs")
     return Artifact(manifest, folder, trust, held)
 
 
@@ -176,13 +182,11 @@ def _unpack(path: Path, into: Path) -> None:
             for member in members:
                 kind = stat.S_IFMT(member.external_attr >> 16)
                 if kind not in (0, stat.S_IFREG):
-                    raise EffError("EFF-E103", f"{member.filename[:80]!r} in {path.name} is no plain file")
+                    raise broken("EFF-E103", f"{member.filename[:80]!r} in {path.name} is no plain file")
                 if check_name(member.filename).lower() in names:
-                    raise EffError("EFF-E103", f"{member.filename!r} is in {path.name} twice")
+                    raise broken("EFF-E103", f"{member.filename!r} is in {path.name} twice")
                 if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise EffError(
-                        "EFF-E103", f"{member.filename!r} in {path.name} is encrypted or packed in an odd way"
-                    )
+                    raise broken("EFF-E103", f"{member.filename!r} in {path.name} is encrypted or packed in an odd way")
                 names.add(member.filename.lower())
             for member in members:
                 to = into / member.filename
@@ -192,17 +196,17 @@ def _unpack(path: Path, into: Path) -> None:
                     while block := source.read(min(_BLOCK, left + 1)):
                         left -= len(block)
                         if left < 0:
-                            raise EffError("EFF-E106", f"{member.filename!r} is larger than {path.name} says")
+                            raise broken("EFF-E106", f"{member.filename!r} is larger than {path.name} says")
                         sink.write(block)
     except EffError:
         raise
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zlib.error) as error:
-        raise EffError("EFF-E102", f"{path} is no artifact: {error}") from None
+        raise broken("EFF-E102", f"{path} is no artifact: {error}") from None
 
 
 def _check_amount(count: int, size: int) -> None:
     if count > MOST_FILES or size > MOST_BYTES:
-        raise EffError("EFF-E106", f"{count} files of {size} bytes are beyond the limits ({MOST_FILES}, {MOST_BYTES})")
+        raise broken("EFF-E106", f"{count} files of {size} bytes are beyond the limits ({MOST_FILES}, {MOST_BYTES})")
 
 
 def _files_of(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -211,7 +215,7 @@ def _files_of(folder: Path) -> Iterator[tuple[str, Path]]:
     while stack:
         for path in sorted(stack.pop().iterdir()):
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise EffError("EFF-E103", f"`{path.relative_to(folder)}` is no plain file")
+                raise broken("EFF-E103", f"`{path.relative_to(folder)}` is no plain file")
             if path.is_dir():
                 stack.append(path)
             else:
@@ -234,7 +238,11 @@ def _check_free(out: Path, force: bool) -> None:
         raise EffError("EFF-E101", f"{out} is there already", hint="--force (force=True) replaces an artifact")
     is_zip = out.is_file() and not out.is_symlink() and zipfile.is_zipfile(out)
     if not is_zip and not (out.is_dir() and not out.is_symlink() and (out / NAME).is_file()):
-        raise EffError("EFF-E101", f"{out} is there already and is no artifact, so it stays")
+        raise EffError(
+            "EFF-E101",
+            f"{out} is there already and is no artifact, so it stays",
+            hint="-o with another place, or remove it",
+        )
 
 
 def _place(folder: Path, out: Path) -> None:

@@ -24,6 +24,8 @@ from effcompile.core.site import Refusal
 from effcompile.core.target import Target
 
 Say = Callable[[str], None]
+INPUTS_HINT = "eff show DIR lists the inputs with their sizes"
+SIZES_HINT = "eff show DIR lists which sizes of an input may vary"
 
 
 class Runner(Protocol):
@@ -152,6 +154,15 @@ class Emitter(ABC):
     @abstractmethod
     def load(self, artifact: Artifact, provider: str, threads: int | None) -> Runner:
         """Return what runs an artifact here; raises EffError where nothing can."""
+
+
+def check_inputs(names: Sequence[str], given: Mapping[str, Tensor]) -> None:
+    """Raise EFF-E111 unless a call has the inputs of these names and no others."""
+    told = ", ".join(names)
+    if lacking := [name for name in names if name not in given]:
+        raise EffError("EFF-E111", f"input `{lacking[0]}` is missing; the model takes {told}", hint=INPUTS_HINT)
+    if odd := [name for name in given if name not in names]:
+        raise EffError("EFF-E111", f"the model has no input `{odd[0]}`; it takes {told}", hint=INPUTS_HINT)
 
 
 def missing(packages: Sequence[str]) -> list[str]:

@@ -26,7 +26,9 @@ class ByExpert(ExpertDispatch):
         """Answer for ONNX alone: other runtimes have no loop whose sizes depend on data."""
         if target.backend != "onnx":
             return Refusal(
-                "EFF-E115", "it is a form of ONNX, with a loop over experts whose tokens are counted at run time"
+                "EFF-E115",
+                "it is a form of ONNX, with a loop over experts whose tokens are counted at run time",
+                "--to onnx, or --moe grouped",
             )
         return price(self.name, site, target)
 
