@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from effcompile.capture.decoder import BATCH, LENGTH, cached_decoder
-from effcompile.capture.subject import Subject
-from effcompile.codegen.onnx.check import errors
+from effcompile.capture.subject import Subject, subject
+from effcompile.codegen.onnx.check import errors, errors_of_codes
 from effcompile.core.artifact import Check, Manifest
 from effcompile.core.emitter import Runner
 from effcompile.core.errors import EffError
@@ -20,8 +20,6 @@ from effcompile.core.program import Program
 
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """The largest |difference| over the largest |reference| that a check accepts, by the dtype of the output."""
-CODES = 0.02
-"""How far a cache's codes may be from eager's on average: some may differ, by one."""
 _TOKENS = ("input_ids", "tokens", "decoder_input_ids")
 
 
@@ -93,7 +91,12 @@ def checked(
     if of.points is not None:
         checks: list[Check] = []
         for point in of.points(single):
-            checks += _compared(session, point.args, model(*point.args), point.sizes, point.real, of.limit)
+            if of.follow is None:
+                wanted = pytree.tree_leaves(model(*point.args))
+                each = errors(session, point.args, wanted, point.real)
+            else:
+                each = errors_of_codes(session, point.args, of.follow, len(of.outputs), point.real)
+            checks += _accepted(each, point.sizes)
         return tuple(checks), ()
     guarded = exported.module()
     eager = guarded if model is exported else model
@@ -120,26 +123,19 @@ def checked(
             else:
                 held.extend(change)
             continue
-        found += _compared(session, tensors, wanted, sizes)
+        exact = [x for x in pytree.tree_leaves(wanted) if isinstance(x, Tensor)]
+        found += _accepted(errors(session, tensors, exact), sizes)
     return tuple(found), tuple(held)
 
 
-def _compared(
-    session: Runner,
-    tensors: Sequence[Tensor],
-    wanted: Any,
-    sizes: Mapping[str, int],
-    real: Tensor | None = None,
-    limit: float | None = None,
-) -> Iterator[Check]:
-    """Yield the comparison of each output; of a decoder's, what a padding token gives has to be numbers alone.
+def _accepted(found: Mapping[str, tuple[float, torch.dtype]], sizes: Mapping[str, int]) -> Iterator[Check]:
+    """Yield the comparison of each output.
 
     Raises:
         EffError: EFF-E110 where one is too far away.
     """
-    leaves = [x for x in pytree.tree_leaves(wanted) if isinstance(x, Tensor)]
-    for output, (error, kind) in errors(session, tensors, leaves, real, limit is not None).items():
-        if not error <= (limit or LIMITS.get(kind, 0.0 if real is None else CODES)):
+    for output, (error, kind) in found.items():
+        if not error <= LIMITS.get(kind, 0.0):
             told = ", ".join(f"{key}={n}" for key, n in sizes.items())
             raise EffError(
                 "EFF-E110",
@@ -171,10 +167,18 @@ def compare_call(
     Raises:
         EffError: as `compare`; EFF-E118 where the cache holds codes, which eager has no calls of.
     """
-    if not dict(manifest.details).get("cache"):
+    if not dict(manifest.details).get("cache") and not dict(manifest.details).get("part"):
         return compare(session, model, args, kwargs)
     if dict(manifest.details).get("kv"):
-        raise EffError("EFF-E118", "the cache of the artifact holds codes: it was compared when it was exported")
+        raise EffError(
+            "EFF-E118",
+            "the cache of the artifact holds codes: it was compared when it was exported",
+            hint="eff verify DIR without --model checks its files",
+        )
+    if part := dict(manifest.details).get("part"):
+        with torch.no_grad():
+            given = subject(model, (), dict(kwargs), True, True, part=part)
+            return compare(session, given.model, given.args, {})
     call = cached_decoder(model)
     ids = next(x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor))
     with torch.no_grad():

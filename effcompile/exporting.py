@@ -22,6 +22,7 @@ import torch
 
 from effcompile import discover
 from effcompile.capture.export import capture_export, restore_export
+from effcompile.capture.seq2seq import Part
 from effcompile.capture.subject import Subject, subject
 from effcompile.codegen.onnx.probe import Probe
 from effcompile.compiler import Compiled, all_methods, compile_program
@@ -103,6 +104,7 @@ def export(
     profile: str = "",
     dynamic: bool = True,
     cache: bool | None = None,
+    part: Part = "",
     allow_dropped: bool = False,
     force: bool = False,
     name: str = "",
@@ -119,6 +121,7 @@ def export(
         flavor: `portable`, or `ort` for operators of ONNX Runtime. dynamic: let every size vary that the model lets vary.
         seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`).
         cache: take and return keys and values of a decoder of transformers; by default in ONNX where a call is its token ids.
+        part: `encoder` or `decoder` of an encoder-decoder of transformers, with its caches: one artifact each.
         allow_dropped: accept sites whose policy has no form there. force: replace an artifact. name: what to call the model.
         tokenizer: JSON of the one that belongs to it, to take along. say: hears what is being done.
 
@@ -153,7 +156,14 @@ def export(
             say("capturing")
             whole = cache if dialect is not None else bool(cache)
             given = subject(
-                model, tuple(args), dict(kwargs or {}), dynamic, whole, format=stored, own=flavor == "portable"
+                model,
+                tuple(args),
+                dict(kwargs or {}),
+                dynamic,
+                whole,
+                format=stored,
+                own=flavor == "portable",
+                part=part,
             )
             title = name or type(model).__name__
             job, sites = _job(title, given, form, targets, asked, plan, settings, dialect, say)
@@ -168,6 +178,7 @@ def export(
         if not isinstance(model, str):
             details += (
                 ("cache", "past_key_values" if given.points is not None else ""),
+                ("part", part),
                 ("ends", json.dumps(_ends(model)) if tokenizer else ""),
                 ("kv", stored.spelled if stored is not None else ""),
             )

@@ -2,43 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from effcompile.core.emitter import Runner
+from effcompile.core.emitter import INPUTS_HINT, Runner
 from effcompile.core.errors import EffError
 
 
+def run(session: Runner, tensors: Sequence[Tensor], outputs: int) -> dict[str, Tensor]:
+    """Run an artifact on the tensors of a call.
+
+    Raises:
+        EffError: EFF-E110 where it has another number of outputs, EFF-E111 where it does not take the call.
+    """
+    if len(tensors) != len(session.inputs):
+        raise EffError(
+            "EFF-E111",
+            f"the call has {len(tensors)} tensors, the artifact takes {len(session.inputs)}",
+            hint=INPUTS_HINT,
+        )
+    values = session(dict(zip(session.inputs, tensors, strict=True)))
+    if len(values) != outputs:
+        raise EffError(
+            "EFF-E110",
+            f"the export has {len(values)} outputs, the model {outputs}",
+            hint="the call has to be the one that was exported (eff show DIR)",
+        )
+    return values
+
+
 def errors(
-    session: Runner,
-    tensors: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    real: Tensor | None = None,
-    loose: bool = False,
+    session: Runner, tensors: Sequence[Tensor], wanted: Sequence[Tensor], real: Tensor | None = None
 ) -> dict[str, tuple[float, torch.dtype]]:
     """Run an artifact on tensors; return for each output its error and the model's dtype.
 
-    `real` `[batch, tokens]` is given for a decoder with its cache: what a padding token gives has to be numbers, and codes may
-    differ by one, or more where the comparison is `loose`.
+    `real` `[batch, tokens]` is given for a decoder with its cache: what a padding token gives has to be numbers.
 
     Raises:
-        EffError: EFF-E110 where they have not the same number of outputs, EFF-E111 where the artifact does not take the call.
+        EffError: as `run`.
     """
-    if len(tensors) != len(session.inputs):
-        raise EffError("EFF-E111", f"the call has {len(tensors)} tensors, the artifact takes {len(session.inputs)}")
-    values = session(dict(zip(session.inputs, tensors, strict=True)))
-    if len(values) != len(wanted):
-        raise EffError("EFF-E110", f"the export has {len(values)} outputs, the model {len(wanted)}")
-    pairs = zip(values.items(), wanted, strict=True)
-    if real is None:
-        return {n: (_error(x, exact), exact.dtype) for (n, x), exact in pairs}
-    cut = [(n, _tokens(x, real), _tokens(exact, real)) for (n, x), exact in pairs]
-    return {
-        n: (_error(x, exact) if exact.is_floating_point() else _apart(x, exact, loose), exact.dtype)
-        for n, x, exact in cut
-    }
+    values = run(session, tensors, len(wanted))
+    pairs = [(name, x, exact) for (name, x), exact in zip(values.items(), wanted, strict=True)]
+    if real is not None:
+        pairs = [(name, _tokens(x, real), _tokens(exact, real)) for name, x, exact in pairs]
+    return {name: (_error(x, exact), exact.dtype) for name, x, exact in pairs}
+
+
+def errors_of_codes(
+    session: Runner,
+    tensors: Sequence[Tensor],
+    follow: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]],
+    outputs: int,
+    real: Tensor,
+) -> dict[str, tuple[float, torch.dtype]]:
+    """Do the same for a decoder whose cache holds codes: eager follows the codes that the artifact made.
+
+    The error of codes is how far a number is from its code beyond half a step, over the largest code.
+
+    Raises:
+        EffError: as `run`.
+    """
+    values = run(session, tensors, outputs)
+    (first, logits), *codes = values.items()
+    exact, distances = follow(tensors, [x for _, x in codes])
+    found = {first: (_error(_tokens(logits, real), _tokens(exact, real)), exact.dtype)}
+    for (name, x), apart in zip(codes, distances, strict=True):
+        new = real[:, None, real.shape[1] - apart.shape[2] :, None]
+        beyond = torch.where(new, apart - 0.5, 0.0).clamp_min(0)
+        levels = 127 if x.dtype == torch.int8 else 7
+        found[name] = (float(beyond.max() / levels) if beyond.numel() else 0.0, exact.dtype)
+    return found
 
 
 def _tokens(x: Tensor, real: Tensor) -> Tensor:
@@ -47,18 +82,6 @@ def _tokens(x: Tensor, real: Tensor) -> Tensor:
         kept = real[:, -x.shape[1] :, None] if x.dim() == 3 else real[:, None, :, None]
         return torch.where(kept, x, torch.zeros((), dtype=x.dtype))
     return x
-
-
-def _apart(codes: Tensor, exact: Tensor, loose: bool) -> float:
-    """Return how far codes are apart on average, and unless `loose` none by more than one: a number may lie between two codes."""
-    if codes.shape != exact.shape or codes.dtype != exact.dtype:
-        return float("inf")
-    if codes.dtype == torch.uint8:
-        codes, exact = (torch.stack([x & 15, x >> 4]) for x in (codes, exact))
-    gap = (codes.int() - exact.int()).abs()
-    if not gap.numel():
-        return 0.0
-    return float(gap.double().mean()) if loose or int(gap.max()) <= 1 else float("inf")
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

@@ -52,6 +52,13 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return (torch.stack([wide - high * 16, high], -1).flatten(3) - 8) * scales[:, None]
 
 
+def distance(x: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """Return how far numbers `[B, H, S, D]` are from codes that are said to be theirs, in steps: at most 1/2 where they are."""
+    low, high = (-128, 127) if codes.dtype == torch.int8 else (-8, 7)
+    steps = (x.float() / scales[:, None]).clamp(low, high).nan_to_num(nan=0.0)
+    return (steps - read_codes(codes, torch.ones_like(scales))).abs()
+
+
 @functools.cache
 def _coded_layer() -> Any:
     """Return the class of a cache layer that holds codes; it is made here, since importing this module imports no transformers."""
@@ -60,9 +67,17 @@ def _coded_layer() -> Any:
     class Coded(DynamicLayer):  # type: ignore[misc]
         """Hold codes of keys and values; attention reads what they stand for."""
 
-        def __init__(self, codes: Sequence[Tensor], scales: Sequence[Tensor], bits: int, own: bool) -> None:
+        def __init__(
+            self,
+            codes: Sequence[Tensor],
+            scales: Sequence[Tensor],
+            bits: int,
+            own: bool,
+            answers: Sequence[Tensor] | None = None,
+        ) -> None:
             super().__init__()
             self.codes, self.scales, self.bits, self.own = list(codes), list(scales), bits, own
+            self.answers, self.distances = answers, list[Tensor]()
             self.keys, self.values = (dequantize(x, s) for x, s in zip(codes, scales))
             self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
@@ -70,10 +85,16 @@ def _coded_layer() -> Any:
             """Append tokens; those of this call are read as they are made with `own`, else from their codes."""
             new = (key_states, value_states)
             before = self.keys, self.values
-            self.codes = [
-                torch.cat([codes, quantize(x, scale, self.bits)], 2)
-                for codes, x, scale in zip(self.codes, new, self.scales)
-            ]
+            held, past = self.codes, self.codes[0].shape[2]
+            if self.answers is None:
+                made = (quantize(x, scale, self.bits) for x, scale in zip(new, self.scales))
+                self.codes = [torch.cat([codes, more], 2) for codes, more in zip(held, made)]
+            else:
+                self.codes = list(self.answers)
+                for x, scale, codes, before_it in zip(new, self.scales, self.codes, held):
+                    apart = distance(x, scale, codes[:, :, past:])
+                    same = torch.equal(codes[:, :, :past], before_it)
+                    self.distances.append(apart if same else apart + torch.inf)
             if self.own:
                 self.keys, self.values = (torch.cat([old.to(x.dtype), x], 2) for old, x in zip(before, new))
             else:
@@ -98,8 +119,8 @@ class CachedDecoder(nn.Module):
         for place, scale in enumerate(scales):
             self.register_buffer(f"scale_{place}", scale)
 
-    def cache(self, held: Sequence[Tensor]) -> Any:
-        """Return transformers' cache of keys and values, or of their codes."""
+    def cache(self, held: Sequence[Tensor], answers: Sequence[Tensor] = ()) -> Any:
+        """Return transformers' cache of keys and values, or of their codes; `answers` are what these become."""
         from transformers import DynamicCache
         from transformers.cache_utils import Cache, DynamicLayer
 
@@ -107,7 +128,9 @@ class CachedDecoder(nn.Module):
         if self.bits:
             scales = [getattr(self, f"scale_{place}") for place in range(len(held))]
             both = list(zip(scales[::2], scales[1::2]))
-            return Cache(layers=[_coded_layer()(x, s, self.bits, self.own) for x, s in zip(pairs, both)])
+            become: Sequence[Any] = list(zip(answers[::2], answers[1::2])) or [None] * len(pairs)
+            kinds = zip(pairs, both, become, strict=True)
+            return Cache(layers=[_coded_layer()(x, s, self.bits, self.own, after) for x, s, after in kinds])
         cache = DynamicCache()
         for keys, values in pairs:
             layer = DynamicLayer()
@@ -118,18 +141,33 @@ class CachedDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """Run the model; `more` are position ids, where it takes them, then keys and values in turn."""
-        held = list(more)
-        given = {"position_ids": held.pop(0)} if self.positions else {}
-        made = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=self.cache(held),
-            use_cache=True,
-            **given,
-        )
+        made = self._made(input_ids, attention_mask, more)
         layers = made.past_key_values.layers
         kept = [x for layer in layers for x in (layer.codes if self.bits else (layer.keys, layer.values))]
         return made.logits, *kept
+
+    def follow(self, args: Sequence[Tensor], answers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Run the model over codes that another runtime made in this call, `answers`, in the place of its own.
+
+        A number that lies between two codes may become either, and the layers behind it see which; so what follows the same codes
+        can be compared to rounding. Returns the logits, and for every codes tensor how far the numbers `[B, H, S, D]` of this
+        call were from their codes, in steps: infinite where codes of earlier tokens were changed.
+        """
+        made = self._made(args[0], args[1], args[2:], answers)
+        return made.logits, [x for layer in made.past_key_values.layers for x in layer.distances]
+
+    def _made(
+        self, input_ids: Tensor, attention_mask: Tensor, more: Sequence[Tensor], answers: Sequence[Tensor] = ()
+    ) -> Any:
+        held = list(more)
+        given = {"position_ids": held.pop(0)} if self.positions else {}
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=self.cache(held, answers),
+            use_cache=True,
+            **given,
+        )
 
 
 @dataclass(frozen=True)

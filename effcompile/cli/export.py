@@ -27,6 +27,7 @@ Cache = Annotated[
         "--cache/--no-cache", help="Take and return keys and values of a transformers decoder.", show_default="auto"
     ),
 ]
+PartName = Annotated[str, typer.Option("--part", help="encoder or decoder of an encoder-decoder, with its caches.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan to follow, as eff plan wrote it.")]
 Static = Annotated[bool, typer.Option("--static", help="Fix every size to the given call's.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
@@ -49,6 +50,7 @@ def export(
     plan: PlanFile = None,
     flavor: Flavor = "portable",
     cache: Cache = None,
+    part: PartName = "",
     static: Static = False,
     allow_dropped: Dropped = False,
     force: Force = False,
@@ -84,6 +86,7 @@ def export(
             profile=profile,
             flavor=flavor,
             cache=cache,
+            part=part,
             tokenizer=loaded.tokenizer,
             dynamic=not static,
             allow_dropped=allow_dropped,

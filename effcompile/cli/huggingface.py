@@ -99,6 +99,11 @@ def example_inputs(model: Any, sizes: Mapping[str, int]) -> tuple[tuple[Any, ...
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         image = torch.randn(batch, int(getattr(config, "num_channels", 3)), height, width, generator=draw)
         return (), {"pixel_values": image.to(dtype)}
+    bins, places = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if name == "input_features" and bins and places:  # Whisper: two frames a position, neither more nor fewer
+        frames = torch.randn(batch, int(bins), 2 * int(places), generator=draw).to(dtype)
+        tokens = torch.randint(0, int(text.vocab_size), (batch, seq or 4), generator=draw)
+        return (), {"input_features": frames, "decoder_input_ids": tokens}
     raise EffError(
         "EFF-U115", f"the input `{name}` cannot be made from its configuration", hint="use package.module:callable"
     )

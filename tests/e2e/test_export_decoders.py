@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 import effcompile as eff
 from effcompile.capture import decoder
 from effcompile.capture.decoder import cached_decoder
+from effcompile.codegen.onnx.check import errors_of_codes
 from effcompile.codegen.onnx.generate import continuation
 from effcompile.core.bundle import read_artifact
 from effcompile.core.errors import EffError
 from effcompile.ops.kv import fixed
+from effcompile.passes.kv.static_channel import StaticChannel
 from tests.support.export_cases import ExportCase, export_cases
 from tests.support.export_coverage import exported, recorded
 
@@ -75,6 +78,33 @@ def test_codes_are_those_of_the_cache_format(bits: int) -> None:
     assert torch.equal(decoder.dequantize(codes, scales), fixed.dequantize(codes, scales))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_eager_follows_the_codes_of_another_runtime(own: bool, tmp_path: Path) -> None:
+    model = _wide()
+    eff.calibrate_kv(model, [torch.randint(4, 96, (2, 32))], tmp_path / "kv.json")
+    call = cached_decoder(model, StaticChannel(bits=8, ranges=str(tmp_path / "kv.json")), own=own)
+    point = call.point(2, 5, 4)
+
+    class Other:
+        """Give eager's own numbers, with one code changed by `step` in a place."""
+
+        inputs, outputs = call.inputs, call.outputs
+
+        def __init__(self, step: int, place: int) -> None:
+            self.step, self.place = step, place
+
+        def __call__(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            _, *codes = call.module(*given.values())
+            codes[0][0, 0, self.place, 0] += self.step * (1 if codes[0][0, 0, self.place, 0] < 0 else -1)
+            return dict(zip(self.outputs, (call.module.follow(list(given.values()), codes)[0], *codes)))
+
+    with torch.no_grad():
+        for step, place, fine in ((0, -1, True), (1, -1, False), (1, 0, False)):
+            found = errors_of_codes(Other(step, place), point.args, call.module.follow, len(call.outputs), point.real)
+            assert found["logits"][0] < 1e-5
+            assert (found["present.0.key"][0] < 1e-4) == fine
+
+
 def _wide() -> torch.nn.Module:
     from tests.support.hf_zoo.decoders import decoder_fields
     from tests.support.hf_zoo.weights import hugging_face
@@ -107,6 +137,7 @@ def test_codes_in_one_operator(bits: int, tmp_path: Path) -> None:
     kv = f"static-channel{{bits={bits},ranges={tmp_path / 'kv.json'}}}"
     made = eff.export(model, (), {}, to="onnx", out=tmp_path / "a", cache=True, flavor="ort", options={"kv": kv})
     assert dict(made.details)["forms"] == "2 x group-query"
+    assert max(check.error for check in made.checks) < 1e-5
 
 
 @pytest.mark.slow
