@@ -24,7 +24,9 @@ from effcompile import discover
 from effcompile.capture.export import capture_export, restore_export
 from effcompile.capture.seq2seq import Part
 from effcompile.capture.subject import Subject, subject
+from effcompile.codegen.onnx.graph import FILE
 from effcompile.codegen.onnx.probe import Probe
+from effcompile.codegen.onnx.second_opinion import SecondOpinion
 from effcompile.compiler import Compiled, all_methods, compile_program
 from effcompile.core.artifact import Check, Manifest, SiteForm
 from effcompile.core.bundle import read_artifact, writing
@@ -267,6 +269,18 @@ def load(path: str | Path, *, provider: str = "cpu", threads: int | None = None,
     """
     with read_artifact(Path(path), trust=trust) as found:
         return emitter(found.manifest.form).load(found, provider, threads)
+
+
+def second_opinion(path: str | Path) -> Runner:
+    """Check an artifact and return its ONNX file run by Polygraphy, nothing fused.
+
+    Raises:
+        EffError: as `read_artifact`; EFF-E175 without Polygraphy, or without an ONNX file.
+    """
+    with read_artifact(Path(path)) as found:
+        if FILE not in dict(found.manifest.files):
+            raise EffError("EFF-E175", f"an artifact of {found.manifest.form} has no ONNX file", hint="--to onnx has")
+        return SecondOpinion(found.file(FILE))
 
 
 def _ends(model: Any) -> list[int]:

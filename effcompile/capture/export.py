@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export.graph_signature import InputKind as SpecKind
+from torch.export.graph_signature import InputSpec, TensorArgument
 
 from effcompile.capture.dynamo import source_line
 from effcompile.core.program import Entry, Input, InputKind, Program
@@ -43,13 +45,23 @@ def capture_export(exported: torch.export.ExportedProgram, name: str = "forward"
 def restore_export(exported: torch.export.ExportedProgram, program: Program) -> torch.export.ExportedProgram:
     """Return the exported program with its graph replaced by that of a program that `capture_export` made of it.
 
-    The inputs must be the same, in the same order; outputs may be computed by other nodes.
+    The inputs must be the same, in the same order, but for constants of kind `packed`; outputs may be computed by other nodes.
     """
-    graph, signature = program.entries[0].graph, exported.graph_signature
-    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    assert names == [spec.arg.name for spec in signature.input_specs], (
-        "a rewrite changed the inputs of an exported program"
-    )
+    entry, signature = program.entries[0], exported.graph_signature
+    graph, left, constants = entry.graph, list(signature.input_specs), dict(exported.constants)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    assert len(inputs) == len(entry.inputs), "a rewrite changed the inputs of an exported program"
+    taken = []
+    for node, given in zip(inputs, entry.inputs):
+        if given.kind == "packed":
+            constants[given.name] = given.value
+            taken.append(InputSpec(SpecKind.CONSTANT_TENSOR, TensorArgument(node.name), given.name))
+            continue
+        taken.append(left.pop(0))
+        name = taken[-1].arg.name
+        assert node.name in (given.node, name), "a rewrite changed the inputs of an exported program"
+        node.name = node.target = name  # copying a graph renames what is called as a function of Python is: `input`
+    assert not left, "a rewrite changed the inputs of an exported program"
     outputs = next(iter(graph.graph.find_nodes(op="output"))).args[0]
     specs = [
         replace(spec, arg=replace(spec.arg, name=node.name))
@@ -60,12 +72,12 @@ def restore_export(exported: torch.export.ExportedProgram, program: Program) -> 
     return torch.export.ExportedProgram(
         root=graph,
         graph=graph.graph,
-        graph_signature=replace(signature, output_specs=specs),
+        graph_signature=replace(signature, input_specs=taken, output_specs=specs),
         state_dict=exported.state_dict,
         range_constraints=exported.range_constraints,
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
-        constants=exported.constants,
+        constants=constants,
         verifiers=exported.verifiers,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,11 +12,13 @@ from effcompile.cli.console import bad, dim, good, print_json, progress, stdout
 
 Place = Annotated[Path, typer.Argument(help="An artifact: a folder or a zip.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", help="The model that it was made of, to compare with eager.")]
+Polygraphy = Annotated[bool, typer.Option("--polygraphy", help="Let Polygraphy run it too, optimizations off.")]
 
 
 def verify(
     artifact: Place,
     model: Model = None,
+    polygraphy: Polygraphy = False,
     shape: given.Shape = "",
     dtype: given.Dtype = "",
     trust: given.Trust = False,
@@ -25,18 +27,27 @@ def verify(
     """Hash every file; with --model run the artifact and the model on the same inputs. Exit code 1 where they differ."""
     from effcompile.cli.models import load_model
     from effcompile.core.bundle import read_artifact
+    from effcompile.core.errors import EffError
     from effcompile.export_checks import LIMITS, compare_call
-    from effcompile.exporting import load
+    from effcompile.exporting import load, second_opinion
 
+    if polygraphy and model is None:
+        raise EffError("EFF-E175", "a second opinion is of numbers", hint="--model MODEL, the one that was exported")
     with read_artifact(artifact) as found:
         manifest = found.manifest
     told: dict[str, object] = {"files": len(manifest.files), "model": model, "errors": {}}
     wrong = False
     if model is not None:
+        errors: dict[str, tuple[float, Any]] = {}
         with progress("comparing", quiet=as_json):
             sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
             loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
-            errors = compare_call(load(artifact, trust=trust), manifest, loaded.runnable, loaded.args, loaded.kwargs)
+            asked = {"": lambda: load(artifact, trust=trust)}
+            if polygraphy:
+                asked["polygraphy: "] = lambda: second_opinion(artifact)
+            for word, runner in asked.items():
+                each = compare_call(runner(), manifest, loaded.runnable, loaded.args, loaded.kwargs)
+                errors |= {word + name: error for name, error in each.items()}
         told["errors"] = {name: error for name, (error, _) in errors.items()}
         wrong = any(not error <= LIMITS.get(kind, 0.0) for error, kind in errors.values())
         for name, (error, kind) in () if as_json else errors.items():

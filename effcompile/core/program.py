@@ -58,10 +58,9 @@ class Program:
     device: str = "cpu"
 
     def with_graph(self, entry: Entry, graph: fx.GraphModule) -> Program:
-        """Return the program with one entry's graph replaced."""
-        return replace(
-            self, entries=tuple(replace(e, graph=graph) if e.name == entry.name else e for e in self.entries)
-        )
+        """Return the program with one entry, known by its name, and its graph replaced."""
+        new = replace(entry, graph=graph)
+        return replace(self, entries=tuple(new if e.name == entry.name else e for e in self.entries))
 
 
 def text(program: Program) -> str:

@@ -21,6 +21,8 @@ from effcompile.core.errors import RewriteError
 from effcompile.core.plan import Plan
 from effcompile.core.program import Entry, Program
 
+VALUE, OWN = "eff.value", "eff.own"
+"""In the meta of an input: the tensor that it always is, and that it is one of our own making."""
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "eff.site", "eff.source")
 
 
@@ -183,6 +185,29 @@ class Editor:
                     break
                 needed.discard(node)
         return self._shared[key]
+
+    def constant(self, name: str, value: torch.Tensor) -> fx.Node:
+        """Add an input that is a tensor of our own making, behind the inputs that are known to be constants."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        last = next((node for node in reversed(inputs) if VALUE in node.meta), None)
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.target = node.name
+        with self._mode or nullcontext():
+            fake = value if self._mode is None else self._mode.from_tensor(value, static_shapes=True)
+        node.meta |= {"val": fake, VALUE: value, OWN: True}
+        return node
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Return the inputs that `constant` added, by name; those that nobody reads are removed."""
+        found = {}
+        for node in [node for node in self.graph.nodes if node.op == "placeholder" and OWN in node.meta]:
+            if node.users:
+                found[node.name] = node.meta[VALUE]
+            else:
+                self.graph.erase_node(node)
+        return found
 
     def attach(self, name: str, module: fx.GraphModule) -> fx.Node:
         """Add a sub-graph under a fresh name and return the `get_attr` node that reads it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from effcompile.cli.models import load_model
 from effcompile.codegen.emitters.onnx import Onnx
 from effcompile.core.bundle import read_artifact
 from effcompile.core.errors import EffError
+from effcompile.exporting import second_opinion
 from tests.cli.command import run
 
 pytest.importorskip("onnxscript")
@@ -153,3 +155,20 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert next(iter(numpy.load(tmp_path / "y.npz").values())).shape == (2, 15, 256)
     numpy.savez(tmp_path / "x.npz", ids=numpy.zeros((2, 3), dtype=numpy.int64))
     assert "EFF-E111" in run(capsys, "run", out, "--input", str(tmp_path / "x.npz")).err
+
+
+def test_a_second_opinion(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    eff.export(nn.Linear(4, 3).eval(), (torch.randn(2, 4),), to="onnx", out=tmp_path / "a")
+    assert "EFF-E175" in run(capsys, "verify", str(tmp_path / "a"), "--polygraphy").err
+    with monkeypatch.context() as hidden:
+        hidden.setitem(sys.modules, "polygraphy.backend.onnxrt", None)
+        with pytest.raises(EffError, match="EFF-E175"):
+            second_opinion(tmp_path / "a")
+    pytest.importorskip("polygraphy")
+    runner = second_opinion(tmp_path / "a")
+    x = torch.randn(5, 4)
+    found = runner({runner.inputs[0]: x})[runner.outputs[0]]
+    wanted = eff.load(tmp_path / "a")({runner.inputs[0]: x})[runner.outputs[0]]
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(EffError, match="EFF-E111"):
+        runner({"other": x})
