@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from effcompile.codegen.onnx.functions import inline
+from effcompile.codegen.onnx.optimize import optimize
 from effcompile.core.artifact import TensorInfo
 from effcompile.core.emitter import Names
 from effcompile.core.errors import EffError
@@ -61,19 +62,13 @@ def write_onnx(
                 hint="another --opset may have one",
             ) from error
         inline(made.model, functions)
-        _optimize(made.model)
+        optimize(made.model)
         _call(made.model, names)
         _forget(made.model)
         made.save(str(folder / FILE), external_data=True)
     graph = made.model.graph
     nodes = sum(1 for _ in graph.all_nodes())
     return WrittenFile(tuple(map(_info, graph.inputs)), tuple(map(_info, graph.outputs)), nodes)
-
-
-def _optimize(model: Any) -> None:
-    from onnxscript import optimizer
-
-    optimizer.optimize_ir(model)
 
 
 def _call(model: Any, names: Names) -> None:

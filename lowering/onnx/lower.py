@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from torch import fx
 from effcompile.core.errors import RewriteError
 from effcompile.core.export_form import OWN, Dialect, OnnxForm, Placement, Sites
 from effcompile.core.mask import Mask
-from effcompile.core.program import Program
-from effcompile.core.rewrite import Editor, copy_graph, impure
+from effcompile.core.program import Entry, Input, Program
+from effcompile.core.rewrite import VALUE, Editor, copy_graph, impure
 from effcompile.core.site import Refusal
+from effcompile.lowering.onnx.attention import open_attention
 
+ATTENTION = 23
+"""The first opset with an operator for attention."""
 Probe = Callable[[Placement], Refusal | None]
 _NUMBERS = {
     torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int32: 6, torch.int64: 7, torch.bool: 9, torch.float16: 10,
@@ -44,6 +47,7 @@ def lower_onnx(program: Program, dialect: Dialect, forms: Sequence[OnnxForm], pr
     sites: list[tuple[str, str]] = []
     for entry in program.entries:
         edit = Editor(copy_graph(entry.graph))
+        _tell_values(edit, entry)
         _tidy(edit)
         _zero_empty_rows(edit, sites_of)
         for form in sorted(forms, key=lambda form: (form.order, form.name)):
@@ -64,9 +68,27 @@ def lower_onnx(program: Program, dialect: Dialect, forms: Sequence[OnnxForm], pr
                 if other is not None:
                     edit.replace(node, other)
             edit.graph.eliminate_dead_code(is_impure_node=impure)
-        program = program.with_graph(entry, edit.finish())
+        if dialect.opset < ATTENTION:
+            open_attention(edit)
+        program = program.with_graph(_with_constants(edit, entry), edit.finish())
     bodies = tuple(body for op, body in sorted(functions.items()) if op.startswith(f"{OWN}::"))
     return Written(program, bodies, tuple(sorted(counts.items())), tuple(kept), tuple(sites))
+
+
+def _tell_values(edit: Editor, entry: Entry) -> None:
+    """Put the weights where forms can look at them."""
+    known = {item.node: item.value for item in entry.inputs if item.kind in ("parameter", "buffer")}
+    for node in edit.graph.find_nodes(op="placeholder"):
+        if isinstance(value := known.get(node.name), torch.Tensor):
+            node.meta[VALUE] = value
+
+
+def _with_constants(edit: Editor, entry: Entry) -> Entry:
+    """Return the entry with the inputs that forms added."""
+    edit.graph.eliminate_dead_code(is_impure_node=impure)
+    made, given = edit.constants(), {item.node: item for item in entry.inputs}
+    names = [node.name for node in edit.graph.nodes if node.op == "placeholder"]
+    return replace(entry, inputs=tuple(given.get(name) or Input(name, "packed", name, made[name]) for name in names))
 
 
 def _tidy(edit: Editor) -> None:
