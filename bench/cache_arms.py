@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import effcompile as eff
+from bench import arms_onnx_cache
 from bench.workload import primary
 
 FORMATS: Mapping[str, str] = {
@@ -79,6 +80,13 @@ def prefill(model: Any, ids: Tensor) -> Past:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def policy(name: str, prompt: int = 0) -> str:
+    """Return what an arm is called in a table: what it does with a prompt of so many tokens, where it is one of ours; '' for others."""
+    if name in EVICTIONS:
+        return " evict=".join(evicting(name, prompt))
+    return arms_onnx_cache.title(name) if name in arms_onnx_cache.EXPORTS else FORMATS.get(name, "")
+
+
 def spelled(name: str, ranges: str) -> str:
     """Return the format of an arm, with the file of ranges where it needs one."""
     form = FORMATS[name]
@@ -136,6 +144,9 @@ def make_arm(
     Raises:
         ImportError: for a quantized cache of transformers whose package is not installed.
     """
+    if name in arms_onnx_cache.EXPORTS:
+        made = arms_onnx_cache.make(name, plain, past, ranges)
+        return CacheArm(made.step, made.rewind, made.nbytes, made.fill)
     if name in FORMATS:
         mixed = name in MIXED
         cache: Any = eff.kv_cache(prepared, spelled(name, ranges), capacity=capacity, batch=None if mixed else 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import effcompile as eff
 from bench import pass_keys
+from bench.arms_onnx_cache import EXPORTS
 from bench.cache_arms import (
     EVICTIONS,
     FORMATS,
@@ -27,6 +28,7 @@ from bench.cache_arms import (
     evicting_arm,
     key_reader,
     make_arm,
+    policy,
     prefill,
     shorten,
     spelled,
@@ -66,7 +68,8 @@ class KVDecode(BaseCase):
         "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
         "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
-        "groups of 32, residual 128, eager. With --quick the model has one layer, and its numbers mean nothing."
+        "groups of 32, residual 128, eager. onnx-*: exports in ONNX Runtime, their cache as inputs and outputs. With --quick the "
+        "model has one layer, and its numbers mean nothing."
     )
     unit: ClassVar[str] = "token"
     headline: ClassVar[bool] = False
@@ -85,8 +88,8 @@ class KVDecode(BaseCase):
         return (BASE, "static-eff", "quantized-quanto", *FORMATS, *EVICTIONS)
 
     def known_arms(self, device: str) -> tuple[str, ...]:
-        """Return the above, and transformers' other caches."""
-        return (*PEERS, *FORMATS, *EVICTIONS)
+        """Return the above, transformers' other caches, and exports to ONNX."""
+        return (*PEERS, *FORMATS, *EVICTIONS, *EXPORTS)
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return length x form x dtype; a form has a length of its own unless lengths are asked for."""
@@ -132,7 +135,7 @@ class KVDecode(BaseCase):
 
     def _ranges(self, name: str, plain: ZooModel) -> str:
         """Return a file of ranges where an arm needs one, measured once on another text than what is decoded."""
-        if not FORMATS.get(name, "").startswith("static-channel"):
+        if "static-channel" not in policy(name):
             return ""
         path = Path(tempfile.gettempdir()) / f"eff-kv-ranges-{os.getpid()}-{id(plain):x}.json"
         if not path.is_file():
@@ -166,7 +169,7 @@ class KVDecode(BaseCase):
             made[name], calls[name] = arm, lambda arm=arm: _steps(arm, last)
             arms[name] = {
                 "compile_seconds": float(f"{time.perf_counter() - begun:.4g}"),
-                **_bytes(arm, plain, length, _policy(name, prompt.shape[1])),
+                **_bytes(arm, plain, length, policy(name, prompt.shape[1])),
             }
         with _no_collection():
             spreads = interleave(
@@ -214,7 +217,7 @@ class KVDecode(BaseCase):
                 seconds, found = timer.time(lambda arm=arm, ids=ids: _steps(arm, ids[:, prompt:]))
                 samples.setdefault(name, []).append(seconds / (length - prompt))
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
-                arms[name] = _bytes(arm, plain, length, FORMATS.get(name, ""))
+                arms[name] = _bytes(arm, plain, length, policy(name))
                 watch.tick(name)
         return _with_quality(arms, samples, scores)
 
@@ -237,7 +240,7 @@ class KVDecode(BaseCase):
                 seconds, found = timer.time(lambda arm=arm, ids=ids: _steps(arm, ids[:, prompt:]))
                 samples.setdefault(name, []).append(seconds / (length - prompt))
                 scores.setdefault(name, Score()).add(found[0], wanted[0], ids[0, prompt:])
-                arms[name] = _bytes(arm, plain, length, _policy(name, prompt))
+                arms[name] = _bytes(arm, plain, length, policy(name, prompt))
                 watch.tick(name)
         hunters: dict[str, pass_keys.Call] = {
             "dense": lambda ids, logits_to_keep: plain.model(ids, logits_to_keep=logits_to_keep).logits
@@ -293,11 +296,6 @@ def _with_quality(
     for name, spread in spreads.items():
         arms[name] = {"seconds": spread.to_json(), **arms[name], "quality": {"pydoc": scores[name].to_json()}}
     return arms, spreads
-
-
-def _policy(name: str, prompt: int) -> str:
-    """Return what an arm of ours does with a prompt of so many tokens, as `eff.prepare` takes it; '' for the others."""
-    return " evict=".join(evicting(name, prompt)) if name in EVICTIONS else FORMATS.get(name, "")
 
 
 def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[str, Any]:

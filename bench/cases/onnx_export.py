@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import effcompile as eff
 from bench import table_case
+from bench.cache_arms import shorten
 from bench.case import Case, Row, Settings, Watch, grid
 from bench.cases.moe import BLOCKS
 from bench.table_case import Kernel, seeded
@@ -24,11 +25,13 @@ from effcompile.models import zoo
 from effcompile.models.text import pydoc_text, token_windows
 
 MODEL = "smollm2-135m"
-FORMS = ("prefill", "olmoe", "qwen3-moe", "deepseek-v3")
+FORMS = ("prefill", "prefill-cached", "olmoe", "qwen3-moe", "deepseek-v3")
 ARMS = {
-    "prefill": ("torch-onnx", "optimum-style", "eff-portable", "eff", "eff-cached"),
+    "prefill": ("torch-onnx", "eff-portable", "eff"),
+    "prefill-cached": ("optimum-style", "eff-portable", "eff"),
     "olmoe": ("dense", "eff-portable", "eff"),
 }
+QUICK_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class OnnxExport(Case):
     headline: ClassVar[bool] = False
     about: ClassVar[str] = (
         "float32, ONNX Runtime's CPU provider, all optimizations on. prefill: SmolLM2-135M over real text, logits of every "
-        "position; torch-onnx is torch.onnx.export of the model without a cache, optimum-style the same exporter over ids, mask, "
-        "positions and keys and values of every layer, as Optimum's decoders have them, with an empty cache; eff-portable, eff "
-        "(flavor ort) and eff-cached are ours. The others are mixture-of-experts blocks of transformers, `length` tokens: "
-        "dense runs all experts on all tokens, eff-portable loops over those that were chosen, eff has ONNX Runtime's MoE where "
-        "it holds."
+        "position; torch-onnx is torch.onnx.export of the model without a cache. prefill-cached: the same with keys and values of "
+        "every layer as inputs and outputs, empty here; optimum-style is torch.onnx.export over ids, mask, positions and these, as "
+        "Optimum's decoders have them. eff-portable and eff (flavor ort) are ours. The others are mixture-of-experts blocks of "
+        "transformers, `length` tokens: dense runs all experts on all tokens, eff-portable loops over those that were chosen, eff "
+        "has ONNX Runtime's MoE where it holds. With --quick the model has two layers."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = FORMS
@@ -62,10 +65,13 @@ class OnnxExport(Case):
     def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
         """Export by every arm into a folder that is removed, and time the sessions in turns."""
         length, form = int(row.parameters["length"]), str(row.parameters["form"])
-        names = [n for n in self.chosen_arms(settings) if n in ARMS.get(form, ARMS["olmoe"])]
+        names = [n for n in ARMS.get(form, ARMS["olmoe"]) if n in self.chosen_arms(settings)]
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            made = _prefill if form == "prefill" else _block(form)
-            builders, flops = made(length, Path(folder), settings.threads)
+            if form in BLOCKS:
+                builders, flops = _block(form, length, Path(folder), settings.threads)
+            else:
+                layers = QUICK_LAYERS if settings.quick else 0
+                builders, flops = _prefill(form != "prefill", length, Path(folder), settings.threads, layers)
             kernels: dict[str, Kernel | str] = {name: Kernel(builders[name], flops) for name in names}
             return [table_case.measure(row, kernels, settings, watch, useful_flops=flops)]
 
@@ -73,34 +79,34 @@ class OnnxExport(Case):
 Builders = Mapping[str, Callable[[], Callable[[], Tensor]]]
 
 
-def _prefill(length: int, folder: Path, threads: int) -> tuple[Builders, float]:
+def _prefill(cached: bool, length: int, folder: Path, threads: int, layers: int) -> tuple[Builders, float]:
+    """Return the arms of a prompt, with a cache or without; `layers` shortens the model, 0 leaves it whole."""
     loaded = zoo.load(MODEL)
+    if layers:
+        shorten(loaded.model, layers)
     ids = token_windows(loaded.tokenizer, pydoc_text(), length, 1)
     call = cached_decoder(loaded.model)
-    feeds = dict(zip(call.inputs, _prompt(call, ids), strict=True))
+    feeds = dict(zip(call.inputs, _prompt(call, ids), strict=True)) if cached else {"input_ids": ids}
     short = {"input_ids": ids[:, :16].repeat(2, 1), "use_cache": False}
 
-    def ours(name: str, **more: Any) -> Callable[[], Tensor]:
-        eff.export(loaded.model, (), short, to="onnx", out=folder / name, **more)
-        given = feeds if more.get("cache") else {"input_ids": ids}
-        return _session(folder / name / "model.onnx", given, threads)
+    def ours(flavor: str) -> Callable[[], Tensor]:
+        eff.export(loaded.model, (), short, to="onnx", out=folder / flavor, flavor=flavor, cache=cached)
+        return _session(folder / flavor / "model.onnx", feeds, threads)
 
     auto = torch.export.Dim.AUTO
-    inputs = call.point(2, 5, 4).args
-    sizes = tuple({d: auto for d, name in enumerate(row) if name} for row in call.sizes)
-    found: Builders = {
-        "torch-onnx": lambda: _plain(
-            loaded.model, (), short, {"input_ids": {0: auto, 1: auto}, "use_cache": None}, folder / "t", feeds, threads
-        ),
-        "optimum-style": lambda: _plain(
-            call.module, inputs, {}, (*sizes[:2], sizes[2:]), folder / "o", feeds, threads, call.inputs
-        ),
-        "eff-portable": lambda: ours("p"),
-        "eff": lambda: ours("e", flavor="ort"),
-        "eff-cached": lambda: ours("c", flavor="ort", cache=True),
-    }
+
+    def plain() -> Callable[[], Tensor]:
+        shapes = {"input_ids": {0: auto, 1: auto}, "use_cache": None}
+        return _plain(loaded.model, (), short, shapes, folder / "t", feeds, threads)
+
+    def optimum() -> Callable[[], Tensor]:
+        sizes = tuple({d: auto for d, name in enumerate(row) if name} for row in call.sizes)
+        inputs = call.point(2, 5, 4).args
+        return _plain(call.module, inputs, {}, (*sizes[:2], sizes[2:]), folder / "o", feeds, threads, call.inputs)
+
     weights = sum(p.numel() for p in loaded.model.parameters())
-    return found, 2.0 * weights * length
+    peer = {"optimum-style": optimum} if cached else {"torch-onnx": plain}
+    return {**peer, "eff-portable": lambda: ours("portable"), "eff": lambda: ours("ort")}, 2.0 * weights * length
 
 
 def _prompt(call: Any, ids: Tensor) -> tuple[Tensor, ...]:
@@ -108,29 +114,28 @@ def _prompt(call: Any, ids: Tensor) -> tuple[Tensor, ...]:
     return ids, torch.ones_like(ids), *positions, *call.empty
 
 
-def _block(form: str) -> Callable[[int, Path, int], tuple[Builders, float]]:
-    def made(length: int, folder: Path, threads: int) -> tuple[Builders, float]:
-        torch.manual_seed(0)
-        module, config = BLOCKS[form]()
-        config._experts_implementation = "grouped_mm"
-        module = module.eval()
-        for weight in module.parameters():
-            nn.init.normal_(weight, std=0.05)
-        x = seeded((1, length, config.hidden_size), "float32", "cpu", 0)
+def _block(form: str, length: int, folder: Path, threads: int) -> tuple[Builders, float]:
+    """Return the arms of a block of experts with random weights."""
+    torch.manual_seed(0)
+    module, config = BLOCKS[form]()
+    config._experts_implementation = "grouped_mm"
+    module = module.eval()
+    for weight in module.parameters():
+        nn.init.normal_(weight, std=0.05)
+    x = seeded((1, length, config.hidden_size), "float32", "cpu", 0)
 
-        def ours(name: str, **more: Any) -> Callable[[], Tensor]:
-            made = eff.export(module, (x[:, :64].repeat(2, 1, 1),), to="onnx", out=folder / name, **more)
-            return _session(folder / name / "model.onnx", {made.inputs[0].name: x}, threads)
+    def ours(dispatch: str, flavor: str) -> Callable[[], Tensor]:
+        given = {"flavor": flavor, "options": {"moe": dispatch}}
+        made = eff.export(module, (x[:, :64].repeat(2, 1, 1),), to="onnx", out=folder / f"{dispatch}-{flavor}", **given)
+        return _session(folder / f"{dispatch}-{flavor}" / "model.onnx", {made.inputs[0].name: x}, threads)
 
-        top_k = int(config.num_experts_per_tok)
-        wide = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-        return {
-            "dense": lambda: ours("d", options={"moe": "dense"}),
-            "eff-portable": lambda: ours("p", options={"moe": "by-expert"}),
-            "eff": lambda: ours("e", flavor="ort", options={"moe": "by-expert"}),
-        }, 6.0 * length * top_k * wide * int(config.hidden_size)
-
-    return made
+    top_k = int(config.num_experts_per_tok)
+    wide = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    return {
+        "dense": lambda: ours("dense", "portable"),
+        "eff-portable": lambda: ours("by-expert", "portable"),
+        "eff": lambda: ours("by-expert", "ort"),
+    }, 6.0 * length * top_k * wide * int(config.hidden_size)
 
 
 def _plain(

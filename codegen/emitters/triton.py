@@ -14,7 +14,6 @@ from effcompile.core.site import Refusal
 from effcompile.core.target import Target
 
 PREFIX = "kernels:"
-PROCESSES = 2
 
 
 class TritonBinaries(Emitter):
@@ -42,7 +41,7 @@ class TritonBinaries(Emitter):
 
     def emit(self, job: Job, draft: Draft) -> Emitted:
         """Write the binaries."""
-        from effcompile.codegen.triton import calls, library
+        from effcompile.codegen.triton import calls, library, pool
 
         wants: dict[tuple[str, str], library.Want] = {}
         found: dict[str, tuple[calls.Call, ...]] = {}
@@ -61,7 +60,7 @@ class TritonBinaries(Emitter):
                 )
             wants |= library.wants_of(found[compute], compute)
         rows = library.write(
-            list(wants.values()), found, draft, seconds=job.settings.seconds, processes=PROCESSES, say=job.say
+            list(wants.values()), found, draft, seconds=job.settings.seconds, processes=pool.cores(), say=job.say
         )
         spilled = [f"{row['name']} for {row['compute']}" for row in rows if row["spills"]]
         details = (("binaries", str(len(rows))), ("spilled", ", ".join(spilled)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -13,7 +14,14 @@ from typing import Any
 
 from effcompile.core.errors import EffError
 
+MOST = 16
+"""Processes; each holds a compiler of some hundred megabytes."""
 COMMAND = (sys.executable, "-m", "effcompile.codegen.triton.worker")
+
+
+def cores() -> int:
+    """Return how many processes can work at once: the cores that this one may use, and not more than memory has room for."""
+    return min(MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def compile_all(
@@ -99,7 +107,9 @@ class _Child:
             status = self.process.wait()
             self._reader.join(1)
             raise EffError(
-                "EFF-E154", f"the compiler ended with status {status} at {where}: {' '.join(self._told)[-300:]}"
+                "EFF-E154",
+                f"the compiler ended with status {status} at {where}: {' '.join(self._told)[-300:]}",
+                hint="a machine with more memory; --target without that chip builds the others",
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,18 @@ def test_every_code_is_documented_once_and_exists() -> None:
     listed = re.findall(r"^\| (EFF-[A-Z]\d{3}) \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
     assert len(listed) == len(set(listed))
     assert set(listed) == codes_in_the_tree()
+
+
+def test_every_error_of_an_export_says_what_to_do_next() -> None:
+    silent = []
+    for folder in SOURCES:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("EffError", "ContractError") and node.args:
+                    code = getattr(node.args[0], "value", "")
+                    if str(code).startswith("EFF-E") and "hint" not in [word.arg for word in node.keywords]:
+                        silent.append(f"{path.name}:{node.lineno} {code}")
+    assert silent == []
 
 
 def test_codes_on_other_pages_exist() -> None:
