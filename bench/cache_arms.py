@@ -81,7 +81,7 @@ def prefill(model: Any, ids: Tensor) -> Past:
 
 
 def policy(name: str, prompt: int = 0) -> str:
-    """Return what an arm is called in a table: what it does with a prompt of so many tokens, where it is one of ours; '' for others."""
+    """Return what an arm of ours does with a prompt of so many tokens, or which export it is; '' for others."""
     if name in EVICTIONS:
         return " evict=".join(evicting(name, prompt))
     return arms_onnx_cache.title(name) if name in arms_onnx_cache.EXPORTS else FORMATS.get(name, "")

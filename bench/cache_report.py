@@ -10,6 +10,7 @@ from typing import Any
 from bench.report import amount, chip, circumstances, replace_results
 from effcompile.core.errors import EffError
 
+CASES = ("kv-decode",)
 PAGE = "kv_cache.md"
 PICTURE = "kv_cache.png"
 Arm = Mapping[str, Any]

@@ -9,6 +9,7 @@ from typing import Any
 from bench.report import chip, circumstances, replace_results
 from effcompile.core.errors import EffError
 
+CASES = ("sparse-quality",)
 DENSE = "dense"
 PICTURE = "sparse_attention.png"
 _COLORS = ("#2f6fd6", "#e0a03c", "#5f9e6e", "#b0548c", "#7a6fd0", "#c4573d", "#3c9aa8", "#8a94a6")

@@ -24,7 +24,6 @@ from bench.cache_arms import (
     FORMATS,
     PEERS,
     CacheArm,
-    evicting,
     evicting_arm,
     key_reader,
     make_arm,

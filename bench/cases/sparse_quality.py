@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,18 +14,17 @@ from torch import Tensor
 from bench import decode_quality, pass_keys
 from bench.case import Case as BaseCase
 from bench.case import Row, Settings, Watch, grid
-from bench.clocks import Timer, timer_for
+from bench.clocks import timer_for
 from bench.decode_quality import STEPS
 from bench.model_case import DTYPES
 from bench.peers import release
 from bench.quality import Score
-from bench.rounds import SETTLE
 from bench.sparse_profile import profile
 from bench.stats import Spread, ratios
+from bench.windows import many_graphs, no_collection, timed, windows_of
 from bench.workload import Function, primary
 from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
-from effcompile.models.text import austen_text, pydoc_text, token_windows
 
 DENSE = "dense"
 FORMS = ("text", "pass-key", "decode")
@@ -107,7 +104,7 @@ class SparseQuality(BaseCase):
         policies = self.decoding if form == "decode" else self.policies
         names = (DENSE, *(name for name in self.chosen_arms(settings) if name in policies))
         more: dict[str, Any] = {}
-        with torch.no_grad(), _many_graphs(2 * len(names) + len(self.key_lengths)):
+        with torch.no_grad(), many_graphs(2 * len(names) + len(self.key_lengths)):
             # In decode a policy that is refused at every site, as under a mask that is not proved, must not pass for measured.
             least = int(form == "decode")
             functions = {name: _function(loaded, policies.get(name, ""), least) for name in names}
@@ -115,7 +112,7 @@ class SparseQuality(BaseCase):
                 arms, spreads = self._text(loaded, {n: _call(f) for n, f in functions.items()}, length, settings, watch)
             elif form == "decode":
                 steps = 4 if settings.quick else self.steps
-                windows = _windows(loaded, length + steps, settings.rounds)
+                windows = windows_of(loaded, length + steps, settings.rounds)
                 arms, spreads = decode_quality.measure(loaded, functions, windows, length, watch)
             else:
                 tries = 3 if settings.quick else self.tries
@@ -142,7 +139,7 @@ class SparseQuality(BaseCase):
     def _text(
         self, loaded: ZooModel, calls: Mapping[str, _Call], length: int, settings: Settings, watch: Watch
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Spread]]:
-        windows = list(_windows(loaded, length, settings.rounds))
+        windows = list(windows_of(loaded, length, settings.rounds))
         scores: dict[str, dict[str, Score]] = {name: {} for name in calls}
         arms: dict[str, dict[str, Any]] = {}
         for name, call in calls.items():
@@ -155,11 +152,11 @@ class SparseQuality(BaseCase):
                 arms[name] |= profile(loaded.model, (windows[0][1],), {"use_cache": False}, policy).to_json()
         timer = timer_for("cpu")
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        with _no_collection():
+        with no_collection():
             for text, ids in windows:
                 dense: Tensor | None = None
                 for name, call in calls.items():
-                    logits = _timed(timer, call, ids, samples[name])[0]
+                    logits = timed(timer, call, ids, samples[name])[0]
                     dense = logits if dense is None else dense
                     scores[name].setdefault(text, Score()).add(logits, dense, ids[0])
                     del logits
@@ -184,44 +181,3 @@ def _function(loaded: ZooModel, policy: str, least: int) -> Function:
 
 def _call(function: Function) -> _Call:
     return lambda ids, **options: primary(function(ids, use_cache=False, **options))
-
-
-def _windows(loaded: ZooModel, length: int, rounds: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name of the text, token ids `[1, length]`), the texts in turn."""
-    assert loaded.tokenizer is not None
-    texts = {"pydoc": pydoc_text(), "austen": austen_text()}
-    half = -(-rounds // len(texts))
-    cut = {name: token_windows(loaded.tokenizer, text, length, half) for name, text in texts.items()}
-    for number in range(rounds):
-        name = tuple(texts)[number % len(texts)]
-        yield name, cut[name][number // len(texts)][None]
-
-
-def _timed(timer: Timer, call: _Call, ids: Tensor, into: list[float]) -> Tensor:
-    time.sleep(SETTLE)
-    seconds, logits = timer.time(lambda: call(ids))
-    into.append(seconds)
-    result: Tensor = logits
-    return result
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _many_graphs(count: int) -> Iterator[None]:
-    """Let Dynamo keep a graph for each arm of the same code."""
-    from torch._dynamo import config
-
-    # Past the limit Dynamo runs eagerly, which would be timed as the policy. A second entry of a policy is the profile's.
-    limit = max(count + 2, config.recompile_limit)
-    with config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
-        yield

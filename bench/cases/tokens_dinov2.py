@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.case import Case, Row, Settings, Watch
-from bench.clocks import timer_for
 from bench.model_case import DTYPES
 from bench.peers import release
-from bench.rounds import SETTLE
-from bench.stats import Spread, ratios
+from bench.stats import ratios
+from bench.token_arms import chosen, points, take_turns, token_options
 from effcompile.models import zoo
 from effcompile.models.digits import handwritten_digits, pixels
 
@@ -60,6 +58,7 @@ class TokensDinov2(Case):
         "to the exact ones, mean and 5 % quantile."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    adds_arms: ClassVar[bool] = True
     model: str = "dinov2-s"
     images: int = 2048
     batch: int = 8
@@ -78,70 +77,44 @@ class TokensDinov2(Case):
         return [Row(f"{count}-{dtype}", {"images": count, "batch": self.batch, "dtype": dtype}) for dtype in wanted]
 
     def measure(self, row: Row, settings: Settings, watch: Watch) -> Sequence[dict[str, Any]]:
-        """Measure all arms on the same batches, in turn."""
+        """Measure the exact arm and all others that are asked for on the same batches, in turn."""
         torch.set_num_threads(settings.threads)
         release()
         load = [os.getloadavg()[0]]
         dtype, count = DTYPES[str(row.parameters["dtype"])], int(row.parameters["images"])
-        names = [
-            name
-            for name in self.chosen_arms(settings)
-            if not settings.quick or name in (EXACT, *list(self.policies)[1::3])
-        ]
-        names = [EXACT, *(name for name in names if name != EXACT)]
+        names = chosen(self.chosen_arms(settings), (EXACT,), list(self.policies)[1::3] if settings.quick else None)
         images, labels = (part[:count] for part in handwritten_digits())
         model = Features(zoo.load(self.model, dtype=dtype).model, self.layers).eval()
-        batches = [pixels(part, 224).to(dtype) for part in images[: self.batch].split(self.batch)]
-        timer = timer_for("cpu")
-        calls: dict[str, Callable[[Tensor], Tensor]] = {}
-        arms: dict[str, dict[str, Any]] = {}
-        samples: dict[str, list[float]] = {name: [] for name in names}
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=len(names) + 2):
-            for name in names:
-                watch.say(f"compiling {name}")
-                begun = time.perf_counter()
-                calls[name] = _compiled(model, self.policies.get(name, ""))
-                calls[name](batches[0])
-                arms[name] = {"compile_seconds": float(f"{time.perf_counter() - begun:.4g}")}
+
+        def batches() -> Iterator[dict[str, Tensor]]:
             for part in images.split(self.batch):
-                given = pixels(part, 224).to(dtype)
-                for name, call in calls.items():
-                    time.sleep(SETTLE)
-                    seconds, result = timer.time(lambda call=call, given=given: call(given))  # type: ignore[misc]
-                    samples[name].append(seconds)
-                    found[name].append(result.float())
-                    watch.tick(name)
-        spreads = {name: Spread(tuple(values)) for name, values in samples.items()}
-        features = {name: torch.cat(parts) for name, parts in found.items()}
-        right = {name: _correct(values, labels) for name, values in features.items()}
-        for name in names:
-            told = {
-                "policy": self.policies.get(name, ""),
-                "images_per_second": round(self.batch / spreads[name].median, 3),
+                yield {"images": pixels(part, 224).to(dtype)}
+
+        policies = {name: self.policies.get(name, "") for name in names}
+        turns = take_turns(model, {name: token_options(policy) for name, policy in policies.items()}, batches, watch)
+        right = {name: _correct(values, labels) for name, values in turns.found.items()}
+        arms = {
+            name: {
+                "seconds": turns.spreads[name].to_json(),
+                "policy": policies[name],
+                "images_per_second": round(self.batch / turns.spreads[name].median, 3),
+                "compile_seconds": turns.compile_seconds[name],
+                "quality": points(right[name], right[EXACT]) | _cosines(turns.found[name], turns.found[EXACT]),
             }
-            quality = _compared(features[name], features[EXACT], right[name], right[EXACT])
-            arms[name] = {"seconds": spreads[name].to_json(), **told, **arms[name], "quality": quality}
+            for name in names
+        }
         load.append(os.getloadavg()[0])
         return [
             {
                 "id": row.id,
                 "parameters": dict(row.parameters),
-                "rounds": len(samples[EXACT]),
+                "rounds": len(turns.spreads[EXACT].samples),
                 "warmup": 1,
                 "load": [round(value, 2) for value in load],
                 "arms": arms,
-                "ratios": ratios(spreads, (EXACT,), ()),
+                "ratios": ratios(turns.spreads, (EXACT,), ()),
             }
         ]
-
-
-def _compiled(model: nn.Module, policy: str) -> Callable[[Tensor], Tensor]:
-    asked = {"tokens": policy, "require": {"tokens": "all"}} if policy else {}
-    run: Callable[[Tensor], Tensor] = torch.compile(
-        model, backend="eff", options={"strict": True, **asked}, dynamic=False
-    )
-    return run
 
 
 def _correct(features: Tensor, labels: Tensor, nearest: int = 10) -> Tensor:
@@ -153,17 +126,7 @@ def _correct(features: Tensor, labels: Tensor, nearest: int = 10) -> Tensor:
     return votes.argmax(-1) == labels
 
 
-def _compared(features: Tensor, exact: Tensor, right: Tensor, base: Tensor) -> dict[str, float]:
-    """Return accuracy, its paired difference in points with a 95 % interval, and the cosine to exact features."""
-    difference = (right.double() - base.double()) * 100
-    half = 1.96 * float(difference.std()) / len(difference) ** 0.5
-    points, cosine = float(difference.mean()), F.cosine_similarity(features, exact, dim=-1)
-    values = {
-        "accuracy": float(right.double().mean()),
-        "points": points,
-        "points_low": points - half,
-        "points_high": points + half,
-        "cosine": float(cosine.mean()),
-        "cosine_5": float(cosine.quantile(0.05)),
-    }
-    return {name: round(value, 4) for name, value in values.items()}
+def _cosines(features: Tensor, exact: Tensor) -> dict[str, float]:
+    """Return the cosine to exact features, the mean over images and the 5 % quantile."""
+    cosine = F.cosine_similarity(features, exact, dim=-1)
+    return {"cosine": round(float(cosine.mean()), 4), "cosine_5": round(float(cosine.quantile(0.05)), 4)}

@@ -144,15 +144,21 @@ def bench(
     return _measure(runner, report, runner.choose(cases or [], settings), settings, as_json)
 
 
+_REPORTS = {
+    "sparse_attention.md": "quality_report",
+    "kv_cache.md": "cache_report",
+    "experts.md": "experts_report",
+    "tokens.md": "token_report",
+}
+"""The pages of docs with results, and the module of bench that writes each."""
+
+
 def _write_pages(report: Any, documents: Any) -> int:
     pages = {"README.md": report.write_readme(checkout() / "README.md", documents)}
-    if quality := [document for document in documents if document["case"] == "sparse-quality"]:
-        pages["docs/sparse_attention.md"] = load("quality_report").write(checkout() / "docs", quality)
-    if caches := [document for document in documents if document["case"] == "kv-decode"]:
-        pages["docs/kv_cache.md"] = load("cache_report").write(checkout() / "docs", caches)
-    experts = load("experts_report")
-    if blocks := [document for document in documents if document["case"] in experts.CASES]:
-        pages["docs/experts.md"] = experts.write(checkout() / "docs", blocks)
+    for page, module in _REPORTS.items():
+        made = load(module)
+        if mine := [document for document in documents if document["case"] in made.CASES]:
+            pages[f"docs/{page}"] = made.write(checkout() / "docs", mine)
     for page, changed in pages.items():
         stdout().print(f"{page}: results written" if changed else f"{page}: already up to date")
     return 0

@@ -48,6 +48,8 @@ NAMES = {
     "sparse-quality",
     "step-table",
     "tokens-dinov2",
+    "tokens-minilm",
+    "tokens-smollm2",
     "versatile",
 }
 TINY = Settings(quick=True, rounds=2, warmup=1, threads=1, limit=120.0)
