@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from effcompile.core import compat
 from effcompile.core.errors import RewriteError
+from effcompile.core.expr import Expr
 from effcompile.core.plan import Plan
 from effcompile.core.program import Entry, Program
 
@@ -75,6 +77,7 @@ class Editor:
         self._mode = fake_mode_of(self.graph)
         self._shared: dict[Any, fx.Node] = {}
         self._sizes: dict[Any, fx.Node] = {}
+        self._traced: dict[Any, fx.Graph] = {}
 
     def call(
         self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, same: bool = False, **kwargs: Any
@@ -102,17 +105,28 @@ class Editor:
         return result
 
     def inline_all(self, function: Callable[..., Any], *operands: Any) -> Any:
-        """Do as `inline` for a function of several results: return their nodes as it returns them."""
-        with self._mode or nullcontext():
-            traced = make_fx(function)(*(_value(item) if isinstance(item, fx.Node) else item for item in operands))
+        """Do as `inline` for a function of several results: return their nodes as it returns them.
+
+        A function is traced once for operands of the same kinds and shapes.
+        """
+        key = _call_key(function, operands)
+        traced = self._traced.get(key) if key is not None else None
+        if traced is None:
+            with self._mode or nullcontext():
+                traced = make_fx(function)(*map(_operand, operands)).graph
+            if self._mode is not None:
+                compat.forget_fresh_symbols(self._mode)
+            if key is not None:
+                self._traced[key] = traced
         given = iter(operands)
         made: dict[fx.Node, Any] = {}
-        for node in traced.graph.nodes:
+        for node in traced.nodes:
             if node.op == "placeholder":
                 made[node] = next(given)
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
-                made[node] = self.call(node.target, *args, **kwargs)
+                made[node] = self.graph.call_function(node.target, args, kwargs)
+                made[node].meta["val"] = node.meta["val"]
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], made.__getitem__)
             else:
@@ -268,6 +282,36 @@ _builtin = type(len)
 
 def _is_operator(target: Any) -> bool:
     return getattr(target, "__module__", "") in ("_operator", "operator", "math", "torch")
+
+
+def _operand(item: Any) -> Any:
+    return _value(item) if isinstance(item, fx.Node) else item
+
+
+def _call_key(function: Callable[..., Any], operands: Sequence[Any]) -> Any | None:
+    """Return what the trace of a function depends on: code, closure and kinds of operands; None where that is unknown."""
+    if not isinstance(function, FunctionType):
+        return None
+    closed = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    closed += (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if not all(map(_is_fixed, closed)):
+        return None
+    # A number goes with its type: 1, 1.0 and True are equal.
+    return function.__code__, tuple((type(item), item) for item in closed), tuple(_kind(_operand(n)) for n in operands)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Tell whether a value cannot change between two calls."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | Expr)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape, strides = map(str, value.shape), map(str, value.stride())
+        return value.dtype, tuple(shape), tuple(strides), value.device
+    return type(value), str(value) if isinstance(value, torch.SymInt) else value
 
 
 def _value(node: fx.Node) -> Any:
