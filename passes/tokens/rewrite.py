@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -17,11 +16,11 @@ from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import AttentionSite
 from effcompile.core.tokens import Step, TokenReduction
-from effcompile.passes.recognize.elements import op_name
-from effcompile.passes.recognize.token_axis import VIEWS, Axis, Place
+from effcompile.passes.recognize.token_axis import Axis, Place
 from effcompile.passes.recognize.tokens import Stream, streams
 from effcompile.passes.tokens import masks
 from effcompile.passes.tokens.epochs import Epochs
+from effcompile.passes.tokens.remake import remade
 
 aten = torch.ops.aten
 _ROWS = Axis(Place(1), Place(0))
@@ -107,18 +106,7 @@ class _Shortening:
 
     def _copied(self, node: fx.Node, epoch: int) -> fx.Node:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._operand(node, arg, epoch))
-        name, axis = op_name(node), self.stream.axis[node]
-        if axis is None or (name not in VIEWS and name != "expand"):
-            return self.edit.call(node.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
-        shape = [self._extent(size, dim, axis.tokens, epoch) for dim, size in enumerate(node.meta["val"].shape)]
-        op = aten.expand.default if name == "expand" else aten.reshape.default
-        return self.edit.call(op, args[0], shape, like=node)
-
-    def _extent(self, size: Any, dim: int, place: Place, epoch: int) -> Any:
-        if dim != place.dim:
-            return self.edit.size(size)
-        factor = place.before * place.after * self.epochs.counts[epoch]
-        return factor if isinstance(factor, int) else self.edit.symbolic(factor)
+        return remade(self.edit, node, args, kwargs, self.stream.axis[node], self.epochs.counts[epoch])  # type: ignore[arg-type]
 
     # --- attention -------------------------------------------------------------------------------------------------------
 
