@@ -115,11 +115,11 @@ def _memory(request: Mapping[str, Any]) -> dict[str, Any]:
         for _ in range(2):
             ready.bound.rewind()
             ready.bound.call()
-        before, reset = _start_peak(settings.device)
+        before, reset = start_peak(settings.device)
         for _ in range(3):
             ready.bound.rewind()
             ready.bound.call()
-        peak = _peak(settings.device)
+        peak = peak_of(settings.device)
     rise = max(0, peak - before) if reset else None
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -148,16 +148,16 @@ def _moe(request: Mapping[str, Any]) -> dict[str, Any]:
         block, inputs = moe.build(str(at["form"]), int(at["length"]), str(at["dtype"]), settings.device)
         call = moe.call(block, inputs[:1], *request["arm"])
         call()
-        before, reset = _start_peak(settings.device)
+        before, reset = start_peak(settings.device)
         for _ in range(3):
             call()
-        peak = _peak(settings.device)
+        peak = peak_of(settings.device)
     if not reset:
         return {"error": "the peak of a process cannot be reset here"}
     return {"bytes": {"call_peak": max(1, peak - before), "before": before, "process_peak": peak}}
 
 
-def _start_peak(device: str) -> tuple[int, bool]:
+def start_peak(device: str) -> tuple[int, bool]:
     """Return the memory in use now, and whether the peak counts from here on."""
     import gc
 
@@ -179,7 +179,7 @@ def _start_peak(device: str) -> tuple[int, bool]:
     return _status("VmRSS"), True
 
 
-def _peak(device: str) -> int:
+def peak_of(device: str) -> int:
     import torch
 
     # ru_maxrss cannot be reset, and an exec'ed child inherits its parent's: VmHWM is this process's own.

@@ -19,7 +19,7 @@ import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKS, SCORES, PAGES, PROBES, CACHES = "attention_blocks", "block_scores", "pages", "probes", "kv_cache"
-EXPERTS, ROWS = "moe", "linear_rows"
+EXPERTS, ROWS, CODEBOOK = "moe", "linear_rows", "codebook"
 KERNELS = {
     BLOCKS: {"eff_attention_blocks": 1},
     SCORES: {"eff_antidiagonal_mass": 1, "eff_top_cdf": 1},
@@ -28,6 +28,7 @@ KERNELS = {
     CACHES: {"eff_kv_attention": 3, "eff_kv_append": 0},
     EXPERTS: {"eff_moe": 3},
     ROWS: {"eff_linear_rows": 0},
+    CODEBOOK: {"eff_codebook": 0},
 }
 """The kernels of each source, and how many floats they take behind dtype, sizes and operands."""
 _FILES = {

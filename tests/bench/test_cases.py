@@ -27,6 +27,7 @@ from effcompile.models import zoo
 
 NAMES = {
     "attention-table",
+    "codebook",
     "compile-time",
     "dinov2",
     "dit",
@@ -42,6 +43,7 @@ NAMES = {
     "moe-table",
     "onnx-export",
     "peak-memory",
+    "recursions",
     "smollm2-decode",
     "smollm2-prefill",
     "sparse-attention",
