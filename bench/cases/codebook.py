@@ -29,8 +29,8 @@ class CodebookCase(Case):
     headline: ClassVar[bool] = False
     about: ClassVar[str] = (
         "8 heads of 64, a book of codes for each, 8 codes averaged, random features and codes; `length` is tokens. naive: scores "
-        "of all codes, top-k, gather and mean. eff: the same graph with the pass fuse-codebook. `call_bytes`: how far the memory of "
-        "the process rises in a call."
+        "of all codes, top-k, gather and mean. eff: the same graph with the pass fuse-codebook. `call_bytes`: how far the memory "
+        "of the process rises in a call."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = tuple(FORMS)
