@@ -35,9 +35,9 @@ class RecursionsCase(Case):
     headline: ClassVar[bool] = False
     about: ClassVar[str] = (
         "A decoder of width 512 (8 heads, feed-forward 1,536), random weights: a first and a last layer, and 12 layers deep "
-        "between them, made by 2, 3 or 4 recursions of one stack that share keys; `length` is tokens, batch 1. masked: the stack on "
-        "every token in each recursion, and a mask, compiled by eff without the pass prune-queries. eff: with it. All arms are given "
-        "the routing of the model (expert-choice, shares falling to 1/R), so that results can be compared."
+        "between them, made by 2, 3 or 4 recursions of one stack that share keys; `length` is tokens, batch 1. masked: the stack "
+        "on every token in each recursion, and a mask, compiled by eff without the pass prune-queries. eff: with it. All arms are "
+        "given the routing of the model (expert-choice, shares falling to 1/R), so that results can be compared."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = tuple(FORMS)
