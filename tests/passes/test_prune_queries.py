@@ -56,7 +56,10 @@ def run_of(made: Recursions) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return run, [*made.parameters(), TOKENS]
 
 
-@pytest.mark.parametrize("recursions", [2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("recursions", [pytest.param(2, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 def test_recursions_run_on_their_tokens(recursions: int) -> None:
     """Exact in float64 under the model's own choice and under a given one; the last recursion really asks for k tokens."""
     made = model(recursions).double()
@@ -72,6 +75,7 @@ def test_recursions_run_on_their_tokens(recursions: int) -> None:
     assert torch.allclose(given(*args, *routing), wanted, atol=1e-6)
 
 
+@SLOW
 def test_the_stack_costs_two_thirds() -> None:
     """Of 3 recursions on all tokens: 1 + 2/3 + 1/3 recursions, queries, feed-forward and all."""
     made = model(3)
