@@ -70,7 +70,8 @@ class TokenReduction(Method):
     Subclasses are frozen dataclasses with at least the fields `pinned` (places and ranges of tokens that always stay, negative ones
     from the end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `merges` says that tokens are merged
     and not dropped, `placed` that every token has a position of its own, `watches` that `observe` wants to see also attentions
-    behind which nothing is dropped.
+    behind which nothing is dropped. With `around` each attention stands alone: its sub-layer runs on `left` tokens, and all of them
+    get its result.
     """
 
     family: ClassVar[str] = FAMILY
@@ -78,6 +79,7 @@ class TokenReduction(Method):
     merges: ClassVar[bool] = False
     placed: ClassVar[bool] = True
     watches: ClassVar[bool] = False
+    around: ClassVar[bool] = False
     pinned: Pins
     left: int
 

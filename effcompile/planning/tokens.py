@@ -61,7 +61,7 @@ def plan_tokens(
         policy.check_counts(tokens, counts)
         by_id.update(_narrowed(policy, stream, counts, narrowing))
         for number, site in enumerate(stream.sites):
-            before, left = behind(number, counts, tokens), counts[number]
+            before, left = tokens if policy.around else behind(number, counts, tokens), counts[number]
             if left == before:
                 told = Refusal(SCHEDULED, f"the schedule keeps its {before} tokens")
                 declined.append(Decline(site.id, FAMILY, policy.spelled, told, site.source))
@@ -100,6 +100,7 @@ def replay_tokens(
             raise _unfit(mine[0][0].id, f"the plan runs it with `{policy.spelled}`, which cannot run it here: {why}")
         tokens, left, counts = _tokens(stream), _tokens(stream), []
         for site in stream.sites:
+            left = tokens if policy.around else left
             if site.id in named:
                 now = named[site.id].left
                 if not 0 < now < left or now < left - named[site.id].most(left):
@@ -146,9 +147,10 @@ def _narrowed(
     tokens = _tokens(stream)
     found = {}
     for number, site in enumerate(stream.sites):
-        reach = behind(number, counts, tokens)
+        reach = counts[number] if policy.around else behind(number, counts, tokens)
         if reach != tokens:
-            mask = narrowing(site.mask, policy.merges) if isinstance(site.mask, Mask) else site.mask
+            weighed = policy.merges and not policy.around
+            mask = narrowing(site.mask, weighed) if isinstance(site.mask, Mask) else site.mask
             found[site.id] = replace(site, q_len=reach, kv_len=reach, mask=mask)
     return found
 

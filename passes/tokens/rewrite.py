@@ -19,6 +19,7 @@ from effcompile.core.tokens import Step, TokenReduction
 from effcompile.passes.recognize.token_axis import Axis, Place
 from effcompile.passes.recognize.tokens import Stream, streams
 from effcompile.passes.tokens import masks
+from effcompile.passes.tokens.around import shorten_sublayers
 from effcompile.passes.tokens.epochs import Epochs
 from effcompile.passes.tokens.remake import remade
 
@@ -39,6 +40,10 @@ def rewrite_tokens(
     for entry in program.entries:
         edit = Editor(copy_graph(entry.graph))
         mine = {site.id: site for site in sites if site.entry == entry.name}
+        if next(iter(policies.values())).around:
+            shorten_sublayers(edit, {name: policies[name] for name in policies if name in mine}, by_id, portable)
+            program = program.with_graph(entry, edit.finish())
+            continue
         for number in range(len(streams(edit.graph, mine))):
             stream = streams(edit.graph, mine)[number]
             if any(name in policies for name in stream.sites):

@@ -48,10 +48,36 @@ def match_pairs(keys: Tensor, held: Tensor | None, merged: int, stable: bool) ->
     best, partner = likeness.max(-1)
     even = first(best, merged, stable)
     source, target = even * 2, partner.gather(1, even) * 2 + 1
-    gone = torch.zeros((metric.shape[0], count), dtype=torch.int64, device=keys.device).scatter(
+    return _merged(source, target, count, stable)
+
+
+def match_cells(x: Tensor, grid: tuple[int, int], merged: int, stable: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Match tokens of an image with the corners of its 2 x 2 cells (ToMeSD) by the cosine of x `[B, N, C]`.
+
+    The image is the last height * width tokens, row by row. Each token that is no corner looks for the most similar corner, of any
+    cell; the `merged` most similar pairs are merged. Returns what `match_pairs` does.
+    """
+    height, width = grid
+    first_place, device = x.shape[1] - height * width, x.device
+    rows, columns = (torch.arange(size, device=device) for size in grid)
+    places = rows[:, None] * width + columns + first_place
+    corners = places[::2, ::2].flatten()
+    others = torch.cat([places[::2, 1::2].flatten(), places[1::2].flatten()])
+    wide = x.to(torch.float32 if x.dtype.itemsize < 4 else x.dtype)
+    unit = wide / wide.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    best, partner = (unit.index_select(1, others) @ unit.index_select(1, corners).transpose(1, 2)).max(-1)
+    chosen = first(best, merged, stable)
+    source = others.expand(x.shape[0], -1).gather(1, chosen)
+    target = corners.expand(x.shape[0], -1).gather(1, partner.gather(1, chosen))
+    return _merged(source, target, x.shape[1], stable)
+
+
+def _merged(source: Tensor, target: Tensor, count: int, stable: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index of those that stay, source, place of each target among those that stay) of a merge of `count` tokens."""
+    gone = torch.zeros((source.shape[0], count), dtype=torch.int64, device=source.device).scatter(
         1, source, torch.ones_like(source)
     )
-    places = torch.arange(count, device=keys.device)
-    index = rising(torch.where(gone == 1, places + count, places), stable)[:, : count - merged]
+    places = torch.arange(count, device=source.device)
+    index = rising(torch.where(gone == 1, places + count, places), stable)[:, : count - source.shape[1]]
     into = target - gone.cumsum(1).gather(1, target)
     return index, source, into

@@ -45,7 +45,7 @@ def merge(x: Tensor, sizes: Tensor, merged: Tensor, index: Tensor, source: Tenso
 
     A row that nothing is merged into stays as it is, bit by bit.
     """
-    wide = x.to(merged.dtype)
+    wide = x.to(torch.promote_types(x.dtype, merged.dtype))
     stay, gone = take(wide, index), take(wide, source)
     kept = sizes.gather(1, index)
     added = torch.zeros_like(stay).scatter_add(

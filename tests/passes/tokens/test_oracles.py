@@ -16,6 +16,7 @@ from tests.passes.tokens.test_drop import DEPTH, LENGTH, compiled, tokens_of, to
 
 NOTHING = {
     "tome": "tome{ratio=0}",
+    "tomesd": "tomesd{ratio=0,grid=[4,6]}",
     "spatten": "spatten{keep=1.0}",
     "evit": "evit{every=9}",
     "fastv": "fastv{ratio=0}",
@@ -24,6 +25,7 @@ NOTHING = {
 """Each policy where it is asked for nothing."""
 RISING = {
     "tome": ("tome{ratio=0.2}", "tome{ratio=0.4}", "tome{ratio=0.7}"),
+    "tomesd": ("tomesd{ratio=0.2,grid=[4,6]}", "tomesd{ratio=0.5,grid=[4,6]}", "tomesd{ratio=0.75,grid=[4,6]}"),
     "spatten": ("spatten{keep=0.9}", "spatten{keep=0.6}", "spatten{keep=0.3}"),
     "evit": ("evit{keep=0.9,every=1}", "evit{keep=0.7,every=1}", "evit{keep=0.4,every=1}"),
     "fastv": ("fastv{ratio=0.2}", "fastv{ratio=0.5}", "fastv{ratio=0.8}"),
