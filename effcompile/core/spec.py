@@ -17,7 +17,7 @@ _FORM = re.compile(r"^\s*(?P<name>[a-z0-9][a-z0-9_.-]*)\s*(?:\{(?P<body>.*)\})?\
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `name{a=1,b=[2,3]}` into the name and its fields; values are Python literals, bare words are strings."""
+    """Split `name{a=1,b=[2,3]}` into the name and its fields; values are Python literals, true, false, or strings."""
     match = _FORM.match(text)
     if match is None:
         raise EffError("EFF-U003", f"cannot read `{text}`", hint="spell it like name{field=value,other=[1,2]}")
@@ -31,7 +31,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
-            fields[key.strip()] = value.strip()
+            fields[key.strip()] = {"true": True, "false": False}.get(value.strip(), value.strip())
     return match["name"], fields
 
 

@@ -68,10 +68,12 @@ class TokenReduction(Method):
     """Answer which tokens later layers work on.
 
     Subclasses are frozen dataclasses with at least the fields `pinned` (places and ranges of tokens that always stay, negative ones
-    from the end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `merges` says that tokens are merged
-    and not dropped, `placed` that every token has a position of its own, `watches` that `observe` wants to see also attentions
-    behind which nothing is dropped. With `around` each attention stands alone: its sub-layer runs on `left` tokens, and all of them
-    get its result.
+    from the end) and `left` (the tokens behind one attention; 0: the policy's own schedule). `cache`, a field of policies that drop
+    tokens, says that keys and values that the graph returns are those of the tokens that are left, in each layer its own.
+
+    `merges` says that tokens are merged and not dropped, `placed` that every token has a position of its own, `watches` that
+    `observe` wants to see also attentions behind which nothing is dropped. With `around` each attention stands alone: its sub-layer
+    runs on `left` tokens, and all of them get its result.
     """
 
     family: ClassVar[str] = FAMILY
@@ -82,6 +84,7 @@ class TokenReduction(Method):
     around: ClassVar[bool] = False
     pinned: Pins
     left: int
+    cache: bool = False
 
     @abstractmethod
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
@@ -140,6 +143,12 @@ def check_ratio(policy: Method, field_name: str) -> None:
     value = getattr(policy, field_name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise refused_value(policy, field_name, "at least 0 and below 1")
+
+
+def check_flag(policy: Method, field_name: str) -> None:
+    """Raise EFF-U004 unless the field is true or false."""
+    if not isinstance(getattr(policy, field_name), bool):
+        raise refused_value(policy, field_name, "true or false")
 
 
 def check_pins(policy: Method, field_name: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from effcompile.core.errors import ContractError, EffError
+from effcompile.core.expr import BATCH, KEY, TRUE, axes_of
 from effcompile.core.mask import Mask
 from effcompile.core.plan import Choice, Decline, Plan
 from effcompile.core.policy import read_policy
@@ -15,10 +16,11 @@ from effcompile.core.tokens import FAMILY, SCHEDULED, TokenReduction, behind
 
 @dataclass(frozen=True)
 class StreamSites:
-    """Hold the sites of one stream in order, and the operations that use a token's position (`positions`)."""
+    """Hold the sites of one stream in order, the operations that use a token's position, and whether keys are returned."""
 
     sites: tuple[AttentionSite, ...]
     positions: tuple[str, ...] = ()
+    returned: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,29 @@ def _refusal(policy: TokenReduction, stream: StreamSites, training: bool) -> Ref
             f"a merged token has no position, and {stream.positions[0]} asks for it",
             "spatten drops tokens instead",
         )
+    if stream.returned and not policy.cache:
+        return Refusal(
+            "EFF-R105",
+            "keys or values of a layer are returned, and layers would have caches of different lengths",
+            "use_cache=False, or cache=true in a policy that drops tokens",
+        )
+    if stream.returned and any(_pads(site.mask) for site in stream.sites):
+        return Refusal(
+            "EFF-R105", "keys of padded tokens would be returned, without the mask that hides them", "no padding"
+        )
     for site in stream.sites:
         why = policy.refuses(site)
         if why is not None:
             return replace(why, reason=f"at {site.id}: {why.reason}")
     return None
+
+
+def _pads(mask: object) -> bool:
+    """Tell whether a mask hides keys whatever the query: padding, or what nobody can tell."""
+    if not isinstance(mask, Mask):
+        return True
+    parts = mask.keep.args if mask.keep.op == "and" else (mask.keep,)
+    return any(part != TRUE and axes_of(part) <= {BATCH, KEY} for part in parts)
 
 
 def _narrowed(

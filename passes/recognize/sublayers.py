@@ -40,9 +40,12 @@ class Sublayer:
 
 def recognize_sublayers(
     program: Program, sites: Sequence[AttentionSite]
-) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...]]], dict[str, Refusal]]:
-    """Return each site that has a sub-layer with the operations that use a token's position, and why other sites have none."""
-    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...]]] = []
+) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]], dict[str, Refusal]]:
+    """Return each site that has a sub-layer, the operations that use a token's position, and whether keys are returned.
+
+    Beside them: why other sites have none.
+    """
+    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]] = []
     refusals: dict[str, Refusal] = {}
     for entry in program.entries:
         mine = {site.id: site for site in sites if site.entry == entry.name}
@@ -54,7 +57,7 @@ def recognize_sublayers(
             if isinstance(result, Refusal):
                 refusals[site.id] = result
             else:
-                found.append(((site,), result.positions))
+                found.append(((site,), result.positions, False))
     return found, refusals
 
 

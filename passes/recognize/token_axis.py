@@ -166,10 +166,11 @@ class Follower:
         (axis,) = found
         dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
         dim %= rank(node)
-        if op_name(node) == "cat" and dim in (axis.tokens.dim, axis.batch.dim):
+        full = [part for part in parts if not _is_nothing(part)]
+        if op_name(node) == "cat" and dim in (axis.tokens.dim, axis.batch.dim) and len(full) != 1:
             raise Reads("it adds tokens to the sequence")
         sides: dict[fx.Node, Axis] = {}
-        for part in parts:
+        for part in full:
             if part not in known:
                 if not axis.tokens.alone:
                     raise Reads("it joins values in a merged dimension")
@@ -302,6 +303,12 @@ _RULES: dict[str, Callable[[Follower, fx.Node, fx.Node, Axis], Axis]] = {
 def _from_behind(axis: Axis, by: int) -> Axis:
     """Return the axis of an operand as broadcasting lines it up with a result of `by` more dimensions."""
     return axis.moved(lambda place: Place(place.dim + by, place.before, place.after))
+
+
+def _is_nothing(node: Any) -> bool:
+    """Tell whether a value has no element: what a cache holds before its first tokens."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
 def rank(node: fx.Node) -> int:

@@ -23,6 +23,7 @@ from effcompile.passes.recognize.elements import op_name
 from effcompile.passes.recognize.token_axis import Axis, Follower, Place, Reads, rank
 
 _NORMS = ("layer_norm", "rms_norm")
+_HEADS = Axis(Place(2), Place(0))
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Stream:
     `sites` are its attentions in order, `axis` the token axis of each value behind the first one, `behind` the value that can be
     shortened behind an attention (by site id), `sides` the operands from elsewhere that have an element for every token, by node,
     `residual` the values that can be restored, `readers` what needs every token, `whole` what runs on all tokens for readers,
-    `beyond` the attentions that derive from a reader.
+    `beyond` the attentions that derive from a reader, `returned` keys and values `[B, H, N, D]` that the graph returns.
     """
 
     tokens: int
@@ -59,13 +60,17 @@ class Stream:
     whole: set[fx.Node] = field(default_factory=set)
     refusal: Refusal | None = None
     beyond: list[str] = field(default_factory=list)
+    returned: set[fx.Node] = field(default_factory=set)
 
 
 def recognize_tokens(
     program: Program, sites: Sequence[AttentionSite]
-) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...]]], dict[str, Refusal]]:
-    """Return each stream's sites in order with the operations that use a token's position, and why other sites are in none."""
-    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...]]] = []
+) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]], dict[str, Refusal]]:
+    """Return each stream's sites in order, the operations that use a token's position, and whether keys are returned.
+
+    Beside them: why other sites are in no stream.
+    """
+    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]] = []
     refusals: dict[str, Refusal] = {}
     for entry in program.entries:
         there = {node.meta.get("eff.site") for node in entry.graph.graph.nodes}  # a result that nobody reads is gone
@@ -81,7 +86,7 @@ def recognize_tokens(
                     refusals[name] = Refusal("EFF-R103", "no residual sum takes its result alone")
             held = tuple(mine[name] for name in stream.sites if name in stream.behind)
             if held and stream.refusal is None:
-                found.append((held, _positions(stream)))
+                found.append((held, _positions(stream), bool(stream.returned)))
     return found, refusals
 
 
@@ -144,7 +149,6 @@ def _followed(graph: fx.Graph, first: fx.Node, sites: dict[str, AttentionSite]) 
     shape = first.meta["val"].shape
     stream = Stream(int(shape[2]), shape[0])
     rules = Follower(stream.tokens, stream.batch)
-    heads = Axis(Place(2), Place(0))
     lost: dict[fx.Node, fx.Node] = {}  # what derives from readers -> the first of them
     start = False
     for node in graph.nodes:
@@ -152,12 +156,12 @@ def _followed(graph: fx.Graph, first: fx.Node, sites: dict[str, AttentionSite]) 
         if not start:
             continue
         is_site = node.target is torch.ops.eff.attention_v1.default and node.meta.get("eff.site") in sites
-        if node is first or (is_site and _carried(node, stream, heads)):
+        if node is first or (is_site and _carried(node, stream)):
             stream.sites.append(node.meta["eff.site"])
-            stream.axis[node] = heads
+            stream.axis[node] = _HEADS
             continue
-        if is_site and _asks(node, stream, heads, lost):
-            stream.axis[node] = heads  # cross attention: each token asks for itself
+        if is_site and _asks(node, stream, lost):
+            stream.axis[node] = _HEADS  # cross attention: each token asks for itself
             continue
         mine = [arg for arg in node.all_input_nodes if arg in stream.axis]
         behind = next((lost[arg] for arg in node.all_input_nodes if arg in lost), None)
@@ -193,15 +197,15 @@ def _followed(graph: fx.Graph, first: fx.Node, sites: dict[str, AttentionSite]) 
     return stream
 
 
-def _carried(node: fx.Node, stream: Stream, heads: Axis) -> bool:
+def _carried(node: fx.Node, stream: Stream) -> bool:
     call = AttentionCall.of(node)
-    return all(stream.axis.get(x) == heads for x in (call.q, call.k, call.v))
+    return all(stream.axis.get(x) == _HEADS for x in (call.q, call.k, call.v))
 
 
-def _asks(node: fx.Node, stream: Stream, heads: Axis, lost: dict[fx.Node, fx.Node]) -> bool:
+def _asks(node: fx.Node, stream: Stream, lost: dict[fx.Node, fx.Node]) -> bool:
     call = AttentionCall.of(node)
     others = [arg for arg in node.all_input_nodes if arg is not call.q]
-    return stream.axis.get(call.q) == heads and not any(arg in stream.axis or arg in lost for arg in others)
+    return stream.axis.get(call.q) == _HEADS and not any(arg in stream.axis or arg in lost for arg in others)
 
 
 def _find_behind(graph: fx.Graph, stream: Stream) -> None:
@@ -270,6 +274,9 @@ def _find_whole(graph: fx.Graph, stream: Stream) -> None:
         reader, node = waiting.pop()
         if node not in stream.axis or node in stream.residual or node in stream.whole:
             continue
+        if node in inside and reader.node.op == "output" and stream.axis[node] == _HEADS:
+            stream.returned.add(node)
+            continue
         if node in inside or node.meta.get("eff.site") in stream.sites:
             stream.refusal = stream.refusal or _within(reader, stream)
             continue
@@ -278,12 +285,6 @@ def _find_whole(graph: fx.Graph, stream: Stream) -> None:
 
 
 def _within(reader: Reader, stream: Stream) -> Refusal:
-    if reader.node.op == "output":
-        return Refusal(
-            "EFF-R105",
-            "keys or values of a layer are returned, and layers would have caches of different lengths",
-            "use_cache=False",
-        )
     return Refusal("EFF-R104", f"{reader} needs every token of a value inside a layer")
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from effcompile.core.policy import check_whole
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_pins, check_ratio
+from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_flag, check_pins, check_ratio
 from effcompile.passes.tokens.ranking import drop, last_row, mass, unreadable
 
 
@@ -23,6 +23,7 @@ class FastV(TokenReduction):
     ratio: float = 0.5
     layer: int = 2
     pinned: Pins = (0, -1)
+    cache: bool = False
     left: int = 0
 
     name: ClassVar[str] = "fastv"
@@ -32,6 +33,7 @@ class FastV(TokenReduction):
         check_ratio(self, "ratio")
         check_whole(self, "layer", least=1)
         check_pins(self, "pinned")
+        check_flag(self, "cache")
         check_whole(self, "left")
 
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from effcompile.core.policy import check_whole, refused_value
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_pins
+from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_flag, check_pins
 from effcompile.passes.tokens.ranking import drop, last_row, mass, unreadable
 
 
@@ -21,6 +21,7 @@ class PyramidDrop(TokenReduction):
 
     keep: tuple[float, ...] = (0.5, 0.25, 0.125)
     pinned: Pins = (0, -1)
+    cache: bool = False
     left: int = 0
 
     name: ClassVar[str] = "pyramid-drop"
@@ -34,6 +35,7 @@ class PyramidDrop(TokenReduction):
         if not fit or not shares or list(shares) != sorted(shares, reverse=True):
             raise refused_value(self, "keep", "a list of shares in (0, 1] that do not rise, such as [0.5,0.25]")
         check_pins(self, "pinned")
+        check_flag(self, "cache")
         check_whole(self, "left")
 
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from effcompile.core.program import Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import AttentionSite
 from effcompile.core.tokens import Step, TokenReduction
+from effcompile.core.verify import SHORTENED
 from effcompile.passes.recognize.token_axis import Axis, Place
 from effcompile.passes.recognize.tokens import Stream, streams
 from effcompile.passes.tokens import masks
@@ -79,6 +80,10 @@ class _Shortening:
                     self._make(node)
                 if node in self.behind:
                     self._shorten(node, self.behind[node])
+            if node.op == "output":
+                for arg in stream.returned & set(node.all_input_nodes):  # a layer's keys, of the tokens that reach it
+                    node.replace_input_with(arg, self.short[arg][0])
+                    self.short[arg][0].meta[SHORTENED] = True
             if node in stream.readers or (node in stream.whole and not merges):
                 for arg in node.all_input_nodes:
                     if arg in self.short and (merges or arg in stream.residual) and self.short[arg][1] > 0:

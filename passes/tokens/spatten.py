@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effcompile.core.policy import check_share, check_whole
 from effcompile.core.site import AttentionSite, Refusal
-from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_pins
+from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_flag, check_pins
 from effcompile.passes.tokens.ranking import drop, mass, unreadable
 
 _UNPRUNED = 0.15  # of the layers, at the beginning
@@ -28,6 +28,7 @@ class SpAtten(TokenReduction):
     keep: float = 0.7
     fair: bool = False
     pinned: Pins = (0, -1)
+    cache: bool = False
     left: int = 0
 
     name: ClassVar[str] = "spatten"
@@ -37,6 +38,8 @@ class SpAtten(TokenReduction):
     def __post_init__(self) -> None:
         check_share(self, "keep")
         check_pins(self, "pinned")
+        check_flag(self, "fair")
+        check_flag(self, "cache")
         check_whole(self, "left")
 
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:

@@ -80,11 +80,11 @@ class Tower(nn.Module):
         return x if self.read == "all" else x[:, 0] if self.read == "first" else x[:, -1]
 
 
-def masked_run(model: Tower, ids: Tensor, lefts, rank, padding=None, pinned=(0, -1)) -> Tensor:
+def masked_run(model: Tower, ids: Tensor, lefts, rank, padding=None, pinned=(0, -1), caches=None) -> Tensor:
     """Run a tower on all tokens and hide from later layers those that would be dropped; they keep the value that they had.
 
     `lefts` are the tokens behind each layer's attention; `rank(number, probs, state)` returns scores `[B, N]` from the layer's
-    probabilities `[B, H, N, N]` over tokens that are not hidden.
+    probabilities `[B, H, N, N]` over tokens that are not hidden. A list `caches` takes keys, values and which are left.
     """
     x, (batch, length) = model.start(ids), ids.shape
     alive = torch.ones(batch, length, dtype=torch.bool)
@@ -100,6 +100,8 @@ def masked_run(model: Tower, ids: Tensor, lefts, rank, padding=None, pinned=(0, 
         keep = (alive & real)[:, None, None, :].expand(-1, 1, length, -1)
         if model.causal:
             keep = keep & torch.ones(length, length, dtype=torch.bool).tril()
+        if caches is not None:
+            caches.append((k, v, alive))
         scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~keep, -math.inf)
         probs = scores.softmax(-1).nan_to_num()
         y = layer.joined(probs @ v)
