@@ -39,7 +39,7 @@ def grid(
     Strength is a share of unshifted time, and the shift comes after it. `terminal` above 0 stretches the levels to end there.
     """
     found = shifted(np.linspace(strength, strength / steps, steps).astype(np.float32), shift, form)
-    if terminal:
+    if terminal and found[-1] < 1:  # a single step from noise alone has nothing to stretch
         found = stretched(found, terminal)
     return tuple(float(level) for level in found.astype(np.float32))
 

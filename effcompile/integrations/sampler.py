@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from effcompile.core.schedule import (
     doubts,
 )
 from effcompile.cost.steps import ScheduleCost, estimate_schedule
+from effcompile.integrations.replay import replayed
+from effcompile.runtime.editing import edit_latents
 from effcompile.runtime.processes import DiffusionProcess
 from effcompile.runtime.sampler import Denoiser, Regions, Sampler
 
@@ -67,6 +69,12 @@ class PlannedSampler(Sampler):
             found[size] = min(taken[1:])
         return found
 
+    def edit(self, data: Tensor, source: Sequence[Any], target: Sequence[Any], **more: Any) -> Tensor:
+        """Return data changed from what `source` says of it to what `target` says, as `runtime.editing.edit_latents` describes."""
+        process = self.trajectory.process
+        asked = {"time_scale": self.time_scale, **more}
+        return edit_latents(self.denoiser, self.schedule, process, data, source, target, **asked)
+
 
 def sampler(
     denoiser: Denoiser | Regions,
@@ -80,6 +88,7 @@ def sampler(
     conditions: Callable[[Size], Mapping[str, Any]] | None = None,
     compiled: bool = False,
     options: Mapping[str, Any] | None = None,
+    replay: str | None = None,
 ) -> PlannedSampler:
     """Return a sampler: call it with (batch, channels) or noise, and with what the denoiser takes beside latent and time.
 
@@ -94,6 +103,8 @@ def sampler(
         conditions: keyword arguments that depend on the size of a stage.
         compiled: compile the denoiser, or each region, with backend `eff`, once for each size.
         options: of that backend (`{"attention": ...}`).
+        replay: an attention policy that carries state over steps, `re-ttention{...}`; the denoiser is a module, called with
+            tensors alone, and `compiled` says whether TorchInductor or the operations one by one run its graphs.
 
     Raises:
         EffError: EFF-D101 to EFF-D108, EFF-U014, EFF-U003 or EFF-U004 for a policy that cannot be meant; EFF-U015 for a policy
@@ -117,7 +128,10 @@ def sampler(
         )
     for doubt in doubts(made, of):
         warnings.warn(doubt, ScheduleWarning, stacklevel=2)
-    parts = _compiled(denoiser, options) if compiled else denoiser
+    if replay is not None:
+        parts: Denoiser | Regions = replayed(denoiser, replay, emit="inductor" if compiled else "interpreter")
+    else:
+        parts = _compiled(denoiser, options) if compiled else denoiser
     return PlannedSampler(of, parts, made, process=process, time_scale=time_scale, conditions=conditions)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from effcompile.core.errors import EffError
 from effcompile.core.schedule import Caching, Schedule, Size
 from effcompile.runtime.processes import DiffusionProcess, FlowMatching
+from effcompile.runtime.replayed import ReplayedDenoiser
 from effcompile.runtime.step_memory import StepMemory, Values
 from effcompile.runtime.trajectory import Generators, Trajectory, WalkStep, draw
 
@@ -109,6 +110,8 @@ class Sampler:
         for step in self.trajectory.steps:
             if step.first:
                 memory.reset()
+                if isinstance(self.denoiser, ReplayedDenoiser):
+                    self.denoiser.reset()
             given = (args, self._more(kwargs, step))
             out, ran = self._ask(memory, step, x, given, guidance, tuple(without))
             computed.append(ran)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from effcompile.core.schedule import Schedule, Size, Stage
 from effcompile.runtime.processes import DiffusionProcess
 from effcompile.runtime.resize import cell_noise, resize
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 
 @dataclass(frozen=True)
