@@ -10,6 +10,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.schedule import Denoising
 from effcompile.explaining import explain
 from effcompile.exporting import export, load
+from effcompile.integrations.diffusers import diffusers
 from effcompile.integrations.sampler import sampler
 from effcompile.integrations.transformers import kv_cache, prepare
 from effcompile.integrations.transformers_ranges import calibrate_kv
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate_kv",
+    "diffusers",
     "explain",
     "export",
     "kv_cache",
