@@ -22,7 +22,6 @@ import torch
 
 from effcompile import discover
 from effcompile.capture.export import capture_export, restore_export
-from effcompile.capture.seq2seq import Part
 from effcompile.capture.subject import Subject, subject
 from effcompile.codegen.onnx.graph import FILE
 from effcompile.codegen.onnx.probe import Probe
@@ -106,7 +105,7 @@ def export(
     profile: str = "",
     dynamic: bool = True,
     cache: bool | None = None,
-    part: Part = "",
+    part: str = "",
     allow_dropped: bool = False,
     force: bool = False,
     name: str = "",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from effcompile.capture.decoder import BATCH, LENGTH, PAST, Point
 from effcompile.core.errors import EffError
 
 CODE = "EFF-E176"
-Part = Literal["", "encoder", "decoder"]
 PARTS: tuple[str, ...] = ("encoder", "decoder")
 SOURCE = "source_length"
 POINTS = ((2, 5, 4, 0), (3, 1, 7, 1), (1, 6, 0, 0), (2, 1, 3, 2))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from effcompile.capture.decoder import POINTS, Point, cached_decoder, is_decoder
-from effcompile.capture.seq2seq import PARTS, Part, is_seq2seq, seq2seq
+from effcompile.capture.seq2seq import PARTS, is_seq2seq, seq2seq
 from effcompile.capture.seq2seq import POINTS as SEQ2SEQ_POINTS
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError, unknown
@@ -73,7 +73,7 @@ def subject(
     cache: bool | None,
     format: CacheFormat | None = None,
     own: bool = True,
-    part: Part = "",
+    part: str = "",
 ) -> Subject:
     """Return what to export: a decoder of transformers with its cache unless `cache` is False or the call is without one.
 
@@ -116,7 +116,7 @@ def subject(
     return Subject(model, args, kwargs, shapes_of)
 
 
-def _part(model: Any, kwargs: Mapping[str, Any], part: Part, dynamic: bool) -> Subject:
+def _part(model: Any, kwargs: Mapping[str, Any], part: str, dynamic: bool) -> Subject:
     """Return the encoder of an encoder-decoder with what it gives to its decoder, or that decoder."""
     if part not in PARTS:
         if part:

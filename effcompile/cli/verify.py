@@ -42,11 +42,9 @@ def verify(
         with progress("comparing", quiet=as_json):
             sizes = {"batch": 2, "seq": 16, **given.parse_shape(shape)}
             loaded = load_model(model, sizes, given.parse_dtype(dtype), real=True)
-            asked = {"": lambda: load(artifact, trust=trust)}
-            if polygraphy:
-                asked["polygraphy: "] = lambda: second_opinion(artifact)
-            for word, runner in asked.items():
-                each = compare_call(runner(), manifest, loaded.runnable, loaded.args, loaded.kwargs)
+            for word in ("", "polygraphy: ") if polygraphy else ("",):
+                runner = second_opinion(artifact) if word else load(artifact, trust=trust)
+                each = compare_call(runner, manifest, loaded.runnable, loaded.args, loaded.kwargs)
                 errors |= {word + name: error for name, error in each.items()}
         told["errors"] = {name: error for name, (error, _) in errors.items()}
         wrong = any(not error <= LIMITS.get(kind, 0.0) for error, kind in errors.values())
