@@ -71,6 +71,9 @@ def test_recursions_run_on_their_tokens(recursions: int) -> None:
     assert torch.allclose(graph(*args), wanted, atol=1e-6)
     queries = [n.args[0].meta["val"].shape[2] for n in graph.graph.nodes if "scaled_dot" in str(n.target)]
     assert queries == [30, *(count for count in counts for _ in range(2)), 30]
+    weights = [name for name, _ in made.named_parameters()].index("stack.0.mlp.gate_proj.weight")
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    assert len(inputs[weights].users) == recursions, "a tied weight is read where it is, in each recursion"
     given, _ = pruned(run, *args, *routing)
     assert torch.allclose(given(*args, *routing), wanted, atol=1e-6)
 

@@ -175,6 +175,58 @@ def test_another_mask_in_one_layer_is_refused():
         torch.testing.assert_close(result, model(ids, padding), rtol=1e-5, atol=1e-5)
 
 
+class Decoder(nn.Module):
+    """Read a padded encoder's tokens by cross attention; `mode` says what is wrong with its mask, if anything."""
+
+    def __init__(self, mode="same"):
+        super().__init__()
+        self.encoder = Encoder("hidden")
+        self.own, self.q, self.kv, self.out = Layer(), nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 32)
+        self.norm, self.mode = nn.LayerNorm(32), mode
+
+    def forward(self, ids, padding, target):
+        memory, (batch, length) = self.encoder(ids, padding), target.shape
+        order = torch.ones(length, length, dtype=torch.bool).tril()
+        x = self.own(self.encoder.embed(target), order[None, None])
+        keep = padding[:, None, None, :].bool()
+        if self.mode == "none":
+            keep = torch.ones_like(keep)
+        if self.mode == "shifted":
+            keep = keep.roll(1, -1)
+        if self.mode == "window":
+            keep = keep & (torch.arange(ids.shape[1])[None, :] <= 2 + torch.arange(length)[:, None])
+        if self.mode == "queries":
+            x = x + memory[:, :length]
+        q = self.q(x).view(batch, length, 4, 8).transpose(1, 2)
+        k, v = (p.view(batch, -1, 4, 8).transpose(1, 2) for p in self.kv(memory).split(32, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return self.norm(x + self.out(y.transpose(1, 2).reshape(batch, length, 32)))
+
+
+def decoded(mode, kind="right"):
+    torch.manual_seed(0)
+    model = Decoder(mode).eval()
+    ids, target, padding = torch.randint(0, 50, (4, 24)), torch.randint(0, 50, (4, 6)), paddings(kind, 4, 24)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eff", options={"strict": True, "emit": "interpreter"})
+    with torch.no_grad():
+        wanted, found = model(ids, padding, target), fast(ids, padding, target)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+    return notes()
+
+
+@pytest.mark.parametrize("mode", ["same", "window"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "empty sequence"])
+def test_a_decoder_that_hides_padding_reads_none(mode, kind):
+    """Projections to its keys and values are part of what runs without padding; more may be hidden."""
+    assert "dropped around 2" in decoded(mode, kind)
+
+
+@pytest.mark.parametrize("mode", ["none", "shifted", "queries"])
+def test_a_decoder_that_may_read_padding_keeps_it(mode):
+    assert "EFF-A401" in decoded(mode)
+
+
 def test_through_inductor():
     model = model_for("mean")
     ids = torch.randint(0, 50, (4, 24))
