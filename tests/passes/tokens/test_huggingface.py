@@ -90,5 +90,5 @@ def test_llama_without_a_cache():
         assert found.shape == (2, 1, 60)
         assert sizes()[-1] < 24
     cached = eff.explain(model, ids, options={"tokens": "pyramid-drop"}, target="cpu", use_cache=True)
-    assert [d.refusal.code for d in cached.plan.declined if d.family == "tokens"] == ["EFF-R104"] * 4
+    assert [d.refusal.code for d in cached.plan.declined if d.family == "tokens"] == ["EFF-R105"] * 4
     assert not [c for c in cached.plan.choices if c.family == "tokens"]
