@@ -4,9 +4,10 @@ Papers: arXiv:2212.09748 (DiT), arXiv:2209.03003 (rectified flow).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from effcompile.models.entry import Inputs, ZooEntry, build_seeded, random_norma
 class DiTConfig:
     """Hold the sizes of a DiT; `latent` and `patch` are edge lengths in latent pixels.
 
+    `others` are further edge lengths that it is trained for: it is told the size, and places span the same range at each.
     `zero_init` starts every gate and the output at zero, as training needs. A random model for tests must not: its
     output would be zero whatever a rewrite did to it.
     """
@@ -32,6 +34,7 @@ class DiTConfig:
     classes: int = 1000
     frequencies: int = 256
     zero_init: bool = True
+    others: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -62,9 +65,13 @@ def sinusoid(values: Tensor, width: int, period: float = 10_000.0) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def grid_positions(edge: int, width: int) -> Tensor:
-    """Embed the places of a square grid, rows in one half and columns in the other: `[edge**2, width]`."""
-    axis = sinusoid(torch.arange(edge), width // 2)
+def grid_positions(edge: int, width: int, span: int | None = None) -> Tensor:
+    """Embed the places of a square grid, rows in one half and columns in the other: `[edge**2, width]`.
+
+    `span` is the edge of the grid whose range the places take, their own where None: patches lie at the middle of their share.
+    """
+    places = torch.arange(edge)
+    axis = sinusoid(places if span in (None, edge) else (places + 0.5) * (span / edge) - 0.5, width // 2)
     rows = axis[:, None, :].expand(edge, edge, -1)
     columns = axis[None, :, :].expand(edge, edge, -1)
     return torch.cat((rows, columns), dim=-1).reshape(edge * edge, width)
@@ -130,9 +137,13 @@ class DiT(nn.Module):
         edge, values = config.latent // config.patch, config.patch**2 * config.channels
         self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
         self.register_buffer("positions", grid_positions(edge, config.width), persistent=False)
+        for other in config.others:
+            places = grid_positions(other // config.patch, config.width, edge)
+            self.register_buffer(f"positions_{other}", places, persistent=False)
         self.time = TimeEmbedding(config.frequencies, config.width)
         # One row more than classes: the label `classes` means no class, for classifier-free guidance.
         self.label = nn.Embedding(config.classes + 1, config.width)
+        self.size = nn.Embedding(1 + len(config.others), config.width) if config.others else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
         self.ada = nn.Linear(config.width, 2 * config.width)
@@ -146,25 +157,68 @@ class DiT(nn.Module):
         """Denoise.
 
         Args:
-            latent: `[B, channels, latent, latent]`.
+            latent: `[B, channels, latent, latent]`, or of one of the other sizes.
             time: 0 (data) to 1 (noise), `[B]`.
             label: class ids `[B]`; `classes` stands for none.
 
         Returns:
             The velocity, shaped like `latent`.
         """
-        x = self.patches(latent).flatten(2).transpose(1, 2) + self.positions
-        condition = self.time(time) + self.label(label)
+        x, condition = self.embed(latent, time, label)
         for block in self.blocks:
             x = block(x, condition)
+        return self.head(x, condition)
+
+    def embed(self, latent: Tensor, time: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens `[B, N, C]` of a latent and the condition `[B, C]`."""
+        edge, config = latent.shape[-1], self.config
+        condition = self.time(time) + self.label(label)
+        positions = self.positions
+        if self.size is not None:
+            number = 0 if edge == config.latent else 1 + config.others.index(edge)
+            condition = condition + self.size.weight[number]
+            positions = positions if number == 0 else getattr(self, f"positions_{edge}")
+        return self.patches(latent).flatten(2).transpose(1, 2) + positions, condition
+
+    def head(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return the velocity that the last tokens `[B, N, C]` stand for, shaped like the latent."""
         shift, scale = self.ada(F.silu(condition)).chunk(2, dim=-1)
         return self.unpatchify(self.out(modulate(self.norm(x), shift, scale)))
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Put patches `[B, N, patch**2 * channels]` back into a latent `[B, channels, latent, latent]`."""
-        size, patch = self.config.latent, self.config.patch
+        """Put patches `[B, N, patch**2 * channels]` back into a square latent `[B, channels, edge, edge]`."""
+        patch = self.config.patch
+        size = self.config.latent if self.size is None else math.isqrt(x.shape[1]) * patch
         grid = x.view(-1, size // patch, size // patch, patch, patch, self.config.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.channels, size, size)
+
+
+Region = Callable[..., Any]
+
+
+def regions(model: DiT, first: int = 1) -> tuple[Region, Region, Region]:
+    """Return (head, body, tail) of a DiT, as `eff.Regions(*...)` takes them: the head holds the embedding and the `first` blocks.
+
+    The probe is what the last block of the head added to its tokens `[B, N, C]`.
+    """
+
+    def head(latent: Tensor, time: Tensor, label: Tensor) -> tuple[tuple[Tensor], tuple[Tensor], Tensor]:
+        x, condition = model.embed(latent, time, label)
+        before = x
+        for block in list(model.blocks)[:first]:
+            before, x = x, block(x, condition)
+        return (x,), (condition,), x - before
+
+    def body(hidden: tuple[Tensor], context: tuple[Tensor]) -> tuple[Tensor]:
+        (x,), (condition,) = hidden, context
+        for block in list(model.blocks)[first:]:
+            x = block(x, condition)
+        return (x,)
+
+    def tail(hidden: tuple[Tensor], context: tuple[Tensor]) -> Tensor:
+        return model.head(hidden[0], context[0])
+
+    return head, body, tail
 
 
 def _inputs(config: DiTConfig, batch: int, seq: int) -> Inputs:
