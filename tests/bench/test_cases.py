@@ -44,6 +44,7 @@ NAMES = {
     "onnx-export",
     "peak-memory",
     "recursions",
+    "schedules",
     "smollm2-decode",
     "smollm2-prefill",
     "sparse-attention",
