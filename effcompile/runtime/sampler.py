@@ -95,7 +95,7 @@ class Sampler:
 
         Raises:
             EffError: EFF-D107 where noise or answers have another shape than the stage, or a stage ends with numbers that are not
-                finite. Nothing half denoised is returned.
+                finite. Nothing half denoised is returned. EFF-D114 for guidance without the arguments of u.
         """
         first = self.schedule.stages[0].size
         if isinstance(noise, Tensor):
@@ -105,6 +105,12 @@ class Sampler:
         else:
             like = torch.empty((), device=device)
             x = draw((*noise, *first), generator, like).to(dtype)
+        if guidance != 1.0 and len(without) != len(args):
+            raise EffError(
+                "EFF-D114",
+                f"guidance asks twice: {len(args)} arguments for the one answer, {len(without)} for the other",
+                hint="without=(...), as many as the positional arguments behind the noise",
+            )
         memory = StepMemory(self.schedule.caching or _everything(self.schedule))
         computed = []
         for step in self.trajectory.steps:

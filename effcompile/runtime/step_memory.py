@@ -45,7 +45,7 @@ class StepMemory:
         if probe is None or self.probe is None or self.skipped >= caching.most:
             return True
         changed = (probe - self.probe).abs().mean() / self.probe.abs().mean()
-        return bool(changed >= caching.threshold)
+        return not bool(changed < caching.threshold)  # also where nothing can be compared, as with a residual of zeros
 
     def note(self, step: WalkStep, values: Values, probe: Tensor | None = None) -> None:
         """Take the values of a computed step."""

@@ -195,6 +195,8 @@ def test_guidance_runs_both_branches_in_one_call() -> None:
     x = torch.ones(2, 1, 16, 16)
     got = sampler(x, torch.tensor([1.0, 2.0]), guidance=3.0, without=(torch.tensor([0.5, 0.5]),))
     assert rows == [4]
+    with pytest.raises(eff.EffError, match="EFF-D114"):
+        sampler(x, torch.tensor([1.0, 2.0]), guidance=3.0)
     wanted = torch.tensor([0.5 + 3 * 0.5, 0.5 + 3 * 1.5])
     assert torch.allclose(got[:, 0, 0, 0], 1 - wanted)
 

@@ -136,6 +136,15 @@ def test_a_threshold_computes_more_the_lower_it_is() -> None:
     assert counts[-1] == 2 + 2 + 1, "two, then one behind each six that did not, and the last"
 
 
+def test_a_residual_of_zeros_computes() -> None:
+    memory = StepMemory(Caching((False,) * 3, region="body", threshold=0.1, most=5))
+    memory.note(step(0), (torch.ones(2),), torch.zeros(2))
+    assert memory.computes(step(1), torch.zeros(2))
+    memory.note(step(1), (torch.ones(2),), torch.ones(2))
+    assert not memory.computes(step(2), 1.05 * torch.ones(2))
+    assert memory.computes(step(2), 1.2 * torch.ones(2))
+
+
 def test_residuals_of_the_body_hit_what_reusing_its_input_would_miss() -> None:
     """A step whose body is skipped is head, cached residual and tail; the head is that of the step."""
     denoiser = SmallDenoiser()
