@@ -239,18 +239,12 @@ def _plan_tokens(
     part = None if given is None else given.part(known, training)
     if asked is None and (part is None or all(choice.family != TOKENS for choice in part.choices)):
         return planning_tokens.TokenPlan(found.sites, {})
-    around = asked.around if asked is not None else part is not None and _is_around(part)
+    around = planning_tokens.works_around(asked, part, all_tokens())
     streams, refusals = (recognize_sublayers if around else recognize_tokens)(program, found.sites)
     held = [planning_tokens.StreamSites(*stream) for stream in streams]
     if asked is None:
         return planning_tokens.replay_tokens(part, found.sites, held, training, narrowed, all_tokens())
     return planning_tokens.plan_tokens(asked, found.sites, held, refusals, training, narrowed)
-
-
-def _is_around(plan: Plan) -> bool:
-    """Tell whether the token policy of a plan works on single sub-layers."""
-    chosen = next(choice.policy for choice in plan.choices if choice.family == TOKENS)
-    return bool(read_policy(TOKENS, chosen, all_tokens()).around)
 
 
 def _refusal(item: Pass, options: Options, training: bool, target: Target) -> Refusal | None:

@@ -36,6 +36,14 @@ class TokenPlan:
 Narrowing = Callable[[Mask, bool], Mask]
 
 
+def works_around(asked: TokenReduction | None, part: Plan | None, known: Iterable[type[TokenReduction]]) -> bool:
+    """Tell whether the policy that is asked for, or that a plan names, works on single sub-layers and on no stream."""
+    if asked is not None:
+        return asked.around
+    named = next((c.policy for c in part.choices if c.family == FAMILY), None) if part is not None else None
+    return named is not None and read_policy(FAMILY, named, known).around
+
+
 def plan_tokens(
     policy: TokenReduction,
     sites: Sequence[AttentionSite],
