@@ -46,7 +46,7 @@ def merged_run(model, ids, grid, merged):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("length", "grid"), [(24, (4, 6)), (26, (5, 5))])
+@pytest.mark.parametrize(("length", "grid"), [(26, (5, 5)), pytest.param(24, (4, 6), marks=pytest.mark.slow)])
 def test_attention_runs_on_groups_and_all_else_on_tokens(length, grid):
     """An odd grid has cells that are cut; tokens in front of the grid stay."""
     model, ids = tower(), tokens_of(2, length)
@@ -82,6 +82,7 @@ def test_untouched_tokens_come_back_bit_by_bit(stable):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_diffusion_transformer_runs_with_it():
     """Its blocks shift, scale and gate by a condition; nothing but the sub-layers of attention changes."""
     loaded = zoo.load("dit-tiny")
@@ -98,6 +99,7 @@ def test_a_diffusion_transformer_runs_with_it():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_plan_replays():
     model, ids = tower(), tokens_of(2)
     report = eff.explain(model, ids, options={"tokens": "tomesd{grid=[4,6]}"}, target="cpu")
