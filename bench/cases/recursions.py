@@ -17,7 +17,7 @@ from effcompile.models.llama import LlamaConfig
 from effcompile.models.recursions import RecursionConfig, Recursions
 
 FORMS = {"2-recursions": 2, "3-recursions": 3, "4-recursions": 4}
-DEPTH = 12
+DEPTH = 24
 """Layers that a token of full depth passes between the first and the last one, whatever the number of recursions."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "masked": ("eff", {"disable": ("prune-queries",)}),
@@ -34,7 +34,7 @@ class RecursionsCase(Case):
     title: ClassVar[str] = "Mixture-of-Recursions, prefill"
     headline: ClassVar[bool] = False
     about: ClassVar[str] = (
-        "A decoder of width 512 (8 heads, feed-forward 1,536), random weights: a first and a last layer, and 12 layers deep "
+        "A decoder of width 512 (8 heads, feed-forward 1,536), random weights: a first and a last layer, and 24 layers deep "
         "between them, made by 2, 3 or 4 recursions of one stack that share keys; `length` is tokens, batch 1. masked: the stack "
         "on every token in each recursion, and a mask, compiled by eff without the pass prune-queries. eff: with it. All arms are "
         "given the routing of the model (expert-choice, shares falling to 1/R), so that results can be compared."
@@ -59,7 +59,7 @@ class RecursionsCase(Case):
         length, recursions = int(row.parameters["length"]), FORMS[str(row.parameters["form"])]
         torch.manual_seed(0)
         depth = recursions if settings.quick else DEPTH
-        llama = LlamaConfig(vocab=8192, width=512, layers=2 + depth, heads=8, kv_heads=8, hidden=1536, max_seq=length)
+        llama = LlamaConfig(vocab=4096, width=512, layers=2 + depth, heads=8, kv_heads=8, hidden=1536, max_seq=length)
         model = Recursions(RecursionConfig(llama, recursions)).eval().to(getattr(torch, str(row.parameters["dtype"])))
         tokens = torch.randint(0, llama.vocab, (1, length), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
