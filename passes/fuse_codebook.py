@@ -72,4 +72,7 @@ def _operands(topk: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     x, codes = product.args[1]  # type: ignore[misc]
     fixed = isinstance(codes, fx.Node) and all(isinstance(size, int) for size in codes.meta["val"].shape)
-    return (x, codes) if fixed and isinstance(x, fx.Node) else None
+    if not fixed or not isinstance(x, fx.Node):
+        return None
+    # In narrower dtypes many codes have one score once it is rounded, and which of them the source takes is its own rounding's choice.
+    return (x, codes) if x.meta["val"].dtype in (torch.float32, torch.float64) else None

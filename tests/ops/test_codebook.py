@@ -150,6 +150,11 @@ def test_near_misses_stay(name: str) -> None:
     assert fused(NEAR_MISSES[name], [X, BOOK])[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_many_scores_are_one_number_the_source_chooses(dtype: torch.dtype) -> None:
+    assert fused(lambda x, c: op.written(x, c, 4), [X.to(dtype), BOOK.to(dtype)])[1] == 0
+
+
 def test_a_compiled_model_reads_each_book_once() -> None:
     torch.manual_seed(0)
     model = Codebook(CodebookConfig.tiny()).eval()
