@@ -40,7 +40,7 @@ class Phase:
 PHASES = {
     "digits-dit-8": (Phase(3000, {8: 1.0}),),
     # Most is learnt where a step is cheap; 32 x 32 then starts from what 16 x 16 knows.
-    "digits-dit-32": (Phase(1600, {16: 1.0}), Phase(153, {32: 0.8, 16: 0.2}, average=0.98)),
+    "digits-dit-32": (Phase(1600, {16: 1.0}), Phase(277, {32: 0.8, 16: 0.2}, average=0.98)),
 }
 
 
