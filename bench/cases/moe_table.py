@@ -23,7 +23,6 @@ from effcompile.lowering.moe.price import roofline, weights
 from effcompile.targets.detect import detect_cpu
 
 LAYERS = {  # experts, top_k, hidden, inner
-    "small": (16, 2, 128, 64),
     "narrow": (32, 4, 512, 256),
     "wide": (8, 2, 1024, 1792),
 }

@@ -126,7 +126,7 @@ class Editor:
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
                 made[node] = self.graph.call_function(node.target, args, kwargs)
-                made[node].meta["val"] = node.meta["val"]
+                made[node].meta["val"] = node.meta.get("val")  # an op that only writes has none
             elif node.op == "output":
                 return fx.node.map_arg(node.args[0], made.__getitem__)
             else:

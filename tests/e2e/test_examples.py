@@ -154,11 +154,19 @@ def test_the_small_mixture_of_experts_trains(tmp_path: Path) -> None:
     assert out.stat().st_size < 2_000_000
 
 
+def test_a_judge_of_digits_trains(tmp_path: Path) -> None:
+    out = tmp_path / "judge.safetensors"
+    text = run("train_digits_dit.py", "--model", "judge-8", "--out", str(out))
+    right = float(text.split("judge of 8 x 8: ")[1].split(" %")[0])
+    assert right > 85
+    assert out.is_file()
+
+
 def test_every_example_is_listed_and_tested() -> None:
     text = (EXAMPLES / "README.md").read_text()
     tests = Path(__file__).read_text()
     found = [path for path in EXAMPLES.rglob("*.py") if "eff_example" not in path.parts]
-    assert len(found) == 5
+    assert len(found) == 6
     for path in found:
         name = str(path.relative_to(EXAMPLES))
         assert f"python examples/{name}" in text
