@@ -78,8 +78,11 @@ def roofline(name: str, site: MoESite, device: Device) -> float:
 
 
 def price(name: str, site: MoESite, target: Target) -> Supported:
-    """Return the seconds of a dispatch, measured where the table has this CPU and the site's dtype."""
-    found = _measured(name, site, target.device)
+    """Return the seconds of a dispatch, measured where the table has this CPU and the site's dtype.
+
+    What was measured is torch's ways of running it, which say nothing about another runtime.
+    """
+    found = None if target.portable else _measured(name, site, target.device)
     return _modelled(name, site, target) if found is None else found
 
 

@@ -92,7 +92,7 @@ def test_prefill_and_decode_stay_one_graph(make: Any, prepared: bool) -> None:
     sites = [site for graph in eff.report()["graphs"] for site in graph["experts"]]
     assert [site["tokens"] for site in sites] == [16, 16, 2, 2]
     assert {site["idiom"] for site in sites} == {"eff.prepare" if prepared else "grouped"}
-    assert {site["dispatch"] for site in sites} == {"fused"}
+    assert {site["dispatch"] for site in sites} <= {"fused", "batched"}  # where the table has this CPU, by its rates
 
 
 def test_gradients_flow_as_before() -> None:
