@@ -74,5 +74,5 @@ def _operands(topk: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     fixed = isinstance(codes, fx.Node) and all(isinstance(size, int) for size in codes.meta["val"].shape)
     if not fixed or not isinstance(x, fx.Node):
         return None
-    # In narrower dtypes many codes have one score once it is rounded, and which of them the source takes is its own rounding's choice.
+    # In narrower dtypes many codes have one score once it is rounded: which of them the source takes is up to its own rounding.
     return (x, codes) if x.meta["val"].dtype in (torch.float32, torch.float64) else None
