@@ -59,7 +59,7 @@ def test_every_preset_says_where_it_comes_from_and_runs() -> None:
 def test_levels_fall_and_shifts_invert(steps: int, strength: float, shift: float, terminal: float) -> None:
     levels = grid(steps, strength, shift, terminal)
     assert len(levels) == steps
-    assert levels[0] <= 1
+    assert levels[0] <= 1 + 2e-7  # float32, as diffusers computes it: a shift may end an ulp above
     # A stretch moves single levels up only where they lay below the terminal.
     assert all(later < level for level, later in zip(levels, (*levels[1:], 0.0)))
     u = np.linspace(0.01, 1, 50)
