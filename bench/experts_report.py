@@ -65,7 +65,7 @@ def write(folder: Path, documents: Sequence[Document]) -> bool:
 
 def _speeds(rows: Sequence[Row]) -> str:
     """Return a line a block: ours, the fastest of the others, and how far the limit is."""
-    heads = ("block", "tokens", "eff", "fastest other", "eff against it", "share of GEMM rate", "times a copy")
+    heads = ("block", "tokens", "eff", "fastest other", "against it", "share of GEMM rate", "times a copy")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     won, counted = 0, 0
     for row in rows:
@@ -93,7 +93,7 @@ def _speeds(rows: Sequence[Row]) -> str:
 
 def _arms(document: Document, rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["arms"]))
-    lines = ["| row | " + " | ".join((*names, "eff against the fastest")) + " |"]
+    lines = ["| row | " + " | ".join((*names, "against the fastest other")) + " |"]
     lines.append("| --- |" + " ---: |" * (len(names) + 1))
     for row in rows:
         cells = [_amount(document, row["arms"].get(name, {})) for name in names]
