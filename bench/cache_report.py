@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import amount, chip, circumstances, replace_results
-from effcompile.core.errors import EffError
+from bench.report import amount, chip, circumstances, write_page
 
 CASES = ("kv-decode",)
 PAGE = "kv_cache.md"
@@ -39,16 +38,10 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    page = folder / PAGE
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(documents))
-    if new != text:
-        page.write_text(new, encoding="utf-8")
+    changed = write_page(folder / PAGE, markdown(documents))
+    if changed:
         draw(documents, folder / PICTURE)
-    return new != text
+    return changed
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float, float]]:
@@ -110,9 +103,12 @@ def _table(row: Mapping[str, Any]) -> str:
     arms = {name: arm for name, arm in row["arms"].items() if "seconds" in arm}
     base = next(iter(row["arms"]))
     speed = {item["arm"]: item["median"] for item in row["ratios"] if item["to"] == base}
-    columns: dict[str, Callable[[str, Arm], str | None]] = {
+    times: dict[str, Callable[[str, Arm], str | None]] = {
         "a token": lambda name, arm: amount("token", arm),
         f"against {base}": lambda name, arm: "1.00x" if speed and name == base else _told(speed.get(name), "{:.2f}x"),
+    }
+    columns: dict[str, Callable[[str, Arm], str | None]] = {
+        **(times if row["parameters"]["form"] == "speed" else {}),
         "MB": lambda name, arm: _told(arm.get("bytes"), "{:.1f}", 1e-6),
         "bytes against bfloat16": lambda name, arm: _told(arm.get("bytes_ratio"), "{:.3f}"),
         "KL": lambda name, arm: _told(_quality(arm).get("kl"), "{:.4f}"),
@@ -121,8 +117,6 @@ def _table(row: Mapping[str, Any]) -> str:
         "pass keys": lambda name, arm: _keys(arm.get("pass_key")),
         "prompts with equal tokens": lambda name, arm: _equal(arm.get("generate")),
     }
-    if row["parameters"]["form"] != "speed":
-        columns = dict(list(columns.items())[2:])
     shown = {title: [cell(name, arm) for name, arm in arms.items()] for title, cell in columns.items()}
     shown = {title: cells for title, cells in shown.items() if any(cells)}
     lines = ["| cache | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * len(shown)]

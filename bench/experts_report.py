@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import amount, chip, circumstances, replace_results, versus_best
-from effcompile.core.errors import EffError
+from bench.report import amount, chip, circumstances, latest, versus_best, write_page
 
 CASES = ("moe", "moe-memory", "versatile", "duo")
 OURS = "eff"
@@ -15,23 +14,14 @@ Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def latest(documents: Sequence[Document], case: str) -> tuple[tuple[Document, Row], ...]:
-    """Return (document, row) of the last run of each row of a case, whichever machine made it, by dtype and length."""
-    found: dict[str, tuple[Document, Row]] = {}
-    for document in documents:
-        for row in document["rows"] if document["case"] == case else ():
-            if row["id"] not in found or found[row["id"]][1]["run"] < row["run"]:
-                found[row["id"]] = document, row
-    at = lambda pair: (-len(pair[1]["parameters"]["dtype"]), pair[1]["parameters"]["length"])  # noqa: E731
-    return tuple(sorted(found.values(), key=at))
-
-
 def markdown(documents: Sequence[Document]) -> str:
     """Return the tables of each case, a part for each chip and dtype."""
     parts: list[str] = []
     for case in CASES:
         groups: dict[tuple[str, str], list[tuple[Document, Row]]] = {}
-        for document, row in latest(documents, case):
+        found = latest([document for document in documents if document["case"] == case])
+        at = lambda pair: (-len(pair[1]["parameters"]["dtype"]), pair[1]["parameters"]["length"])  # noqa: E731
+        for document, row in sorted(found, key=at):
             key = row["parameters"]["dtype"], chip(document["runs"][row["run"]])
             groups.setdefault(key, []).append((document, row))
         for number, ((dtype, machine), pairs) in enumerate(groups.items()):
@@ -52,15 +42,7 @@ def write(folder: Path, documents: Sequence[Document]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    page = folder / "experts.md"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(documents))
-    if new != text:
-        page.write_text(new, encoding="utf-8")
-    return new != text
+    return write_page(folder / "experts.md", markdown(documents))
 
 
 def _speeds(rows: Sequence[Row]) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import chip, circumstances, replace_results
-from effcompile.core.errors import EffError
+from bench.report import chip, circumstances, latest, write_page
 
 CASES = ("sparse-quality",)
 DENSE = "dense"
@@ -19,20 +18,15 @@ _TITLES = {"text": "Text", "pass-key": "Pass key", "decode": "Decode"}
 FORMS = tuple(_TITLES)
 
 
-def latest(documents: Sequence[Mapping[str, Any]]) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
-    """Return (document, row) of the last run of each row, whichever machine made it, by form and length."""
-    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-    for document in documents:
-        for row in document["rows"]:
-            if row["id"] not in found or found[row["id"]][1]["run"] < row["run"]:
-                found[row["id"]] = document, row
+def rows_of(documents: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return (document, row) of the last run of each row, by form and length."""
     at = lambda pair: (FORMS.index(pair[1]["parameters"]["form"]), pair[1]["parameters"]["length"])  # noqa: E731
-    return tuple(sorted(found.values(), key=at))
+    return sorted(latest(documents), key=at)
 
 
 def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     """Return a table for each row, quality and speed side by side, with the chip that its last run was on."""
-    rows = latest(documents)
+    rows = rows_of(documents)
     parts = [f"![speed against perplexity]({PICTURE})", rows[0][0]["about"]] if rows else []
     for document, row in rows:
         form = row["parameters"]["form"]
@@ -53,16 +47,10 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    page = folder / "sparse_attention.md"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(documents))
-    if new != text:
-        page.write_text(new, encoding="utf-8")
+    changed = write_page(folder / "sparse_attention.md", markdown(documents))
+    if changed:
         draw(documents, folder / PICTURE)
-    return new != text
+    return changed
 
 
 def _texts(row: Mapping[str, Any]) -> str:
@@ -140,7 +128,7 @@ def draw(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for _, row in latest(documents) if row["parameters"]["form"] == "text"]
+    rows = [row for _, row in rows_of(documents) if row["parameters"]["form"] == "text"]
     figure = Figure(figsize=(6.0 * max(1, len(rows)), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(1, len(rows)), squeeze=False)[0]

@@ -200,32 +200,47 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "/").replace("<", "&lt;").split())
 
 
+def latest(documents: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return (document, row) of the last run of each row, whichever machine made it."""
+    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for document in documents:
+        for row in document["rows"]:
+            if row["id"] not in found or found[row["id"]][1]["run"] < row["run"]:
+                found[row["id"]] = document, row
+    return list(found.values())
+
+
 def replace_results(text: str, body: str) -> str:
-    """Return the README text with `body` between the markers.
+    """Return the text of a page with `body` between the markers.
 
     Raises:
         EffError: EFF-B104 unless each marker is there once, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise EffError("EFF-B104", f"the README needs the line {BEGIN} and, after it, {END}, once each")
+        raise EffError("EFF-B104", f"the page needs the line {BEGIN} and, after it, {END}, once each")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{body.strip()}\n{END}{rest.split(END)[1]}"
 
 
-def write_readme(path: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
-    """Put the results into a README; return whether it changed.
+def write_page(page: Path, body: str) -> bool:
+    """Put `body` between the markers of a page; return whether it changed.
 
     Raises:
-        EffError: EFF-B104 where the file or its markers are missing.
+        EffError: EFF-B104 where the page or its markers are missing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise EffError("EFF-B104", f"cannot read {path.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(documents))
+        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
+    new = replace_results(text, body)
     if new != text:
-        path.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     return new != text
+
+
+def write_readme(path: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
+    """Put the results into a README; return whether it changed."""
+    return write_page(path, markdown(documents))
 
 
 def list_table(items: Sequence[Mapping[str, Any]], settings: Settings) -> Table:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import chip, circumstances, replace_results
-from effcompile.core.errors import EffError
+from bench.report import chip, circumstances, write_page
 
 CASES = ("tokens-dinov2", "tokens-minilm", "tokens-smollm2")
 PAGE = "tokens.md"
@@ -37,16 +36,10 @@ def write(folder: Path, documents: Sequence[Json]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    page = folder / PAGE
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EffError("EFF-B104", f"cannot read {page.name}: {error.strerror}") from error
-    new = replace_results(text, markdown(documents))
-    if new != text:
-        page.write_text(new, encoding="utf-8")
+    changed = write_page(folder / PAGE, markdown(documents))
+    if changed:
         draw(documents, folder / PICTURE)
-    return new != text
+    return changed
 
 
 def curve(row: Json) -> list[tuple[str, str, float, float, float, float]]:

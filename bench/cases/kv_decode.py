@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,12 +40,14 @@ from bench.peers import release
 from bench.quality import Score
 from bench.rounds import interleave
 from bench.stats import Spread, ratios
+from bench.windows import many_graphs, no_collection
 from effcompile.models import zoo
 from effcompile.models.entry import ZooModel
 from effcompile.models.text import austen_text, pydoc_text, token_windows
 
 FORMS = ("speed", "quality", "evict", "generate")
 BASE = "static-inductor"
+MOST_GRAPHS = 64  # of the same code: one an arm, and again for each window where an arm is made anew
 QUICK_LAYERS = 1
 OTHER = "caches that drop tokens are compared in the form evict"
 
@@ -111,7 +111,7 @@ class KVDecode(BaseCase):
             shorten(plain.model, QUICK_LAYERS)
         prepared = eff.prepare(twin(plain.model), kv="int8-per-token")
         names = self.chosen_arms(settings)
-        with torch.no_grad(), _many_graphs():
+        with torch.no_grad(), many_graphs(MOST_GRAPHS):
             run = {"speed": self._speed, "quality": self._quality, "evict": self._evict, "generate": self._generate}[
                 form
             ]
@@ -170,7 +170,7 @@ class KVDecode(BaseCase):
                 "compile_seconds": float(f"{time.perf_counter() - begun:.4g}"),
                 **_bytes(arm, plain, length, policy(name, prompt.shape[1])),
             }
-        with _no_collection():
+        with no_collection():
             spreads = interleave(
                 calls,
                 timer_for("cpu"),
@@ -303,23 +303,3 @@ def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[st
     whole = 2 * 2 * config.num_hidden_layers * heads * depth * length
     held = arm.nbytes()
     return {"policy": policy, "bytes": held, "bytes_ratio": float(f"{held / whole:.4g}")}
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _many_graphs() -> Iterator[None]:
-    """Let Dynamo keep a graph for each arm of the same code: past its limit it runs eagerly, which would be timed as the arm."""
-    from torch._dynamo import config
-
-    with config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
-        yield
