@@ -80,3 +80,13 @@ def test_without_a_table_prices_are_modelled(monkeypatch: pytest.MonkeyPatch) ->
     answer = DISPATCHES["fused"].supports(site_of(ROWS[0]), TARGET)
     assert isinstance(answer, Supported)
     assert answer.tag == "modelled"
+
+
+def test_what_torch_measured_says_nothing_about_another_runtime(installed: None) -> None:
+    row = next(row for row in ROWS if row.id == "64-wide-float32")
+    here, there = (
+        DISPATCHES["dense"].supports(site_of(row), Target(TARGET.device, word)) for word in ("inductor", "onnx")
+    )
+    assert isinstance(here, Supported)
+    assert isinstance(there, Supported)
+    assert (here.tag, there.tag) == ("measured", "modelled")
