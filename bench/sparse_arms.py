@@ -104,7 +104,7 @@ def _choice(policy: Any, site: AttentionSite, problem: Problem) -> Callable[[], 
         settings = (float(policy.mass), policy.recent, policy.spread, float(policy.floor))
         return lambda: kept_tokens(*head, scale, *settings)
     call: Any = SimpleNamespace(scale=scale)
-    return lambda: policy.choose(call, head, site, _Direct())
+    return lambda: policy.map(call, head, site, _Direct())
 
 
 class _Direct:

@@ -255,5 +255,5 @@ def _kept(policy: Any, site: AttentionSite, operands: Sequence[Any]) -> Kept:
         )
     else:
         blocks, narrowed = policy.blocks(site), keep
-        chosen = policy.choose(SimpleNamespace(scale=scale), (q, k, list(loads), list(sizes), keep), site, _Direct())
+        chosen = policy.map(SimpleNamespace(scale=scale), (q, k, list(loads), list(sizes), keep), site, _Direct())
     return kept_mass(q, k, v, chosen, narrowed, list(loads), list(sizes), keep, empty_row, scale, blocks)

@@ -39,10 +39,10 @@ def register() -> None:
         unequal_experts,
         versatile_ffn,
     )
-    from effcompile.ops.selectors import antidiagonal, pages, pooled, topk, vertical_slash
+    from effcompile.ops.selectors import antidiagonal, pages, pooled, tail, topk, vertical_slash
     from effcompile.ops.tokens import mass
 
-    selectors = (topk, pages, antidiagonal, pooled, vertical_slash)
+    selectors = (topk, pages, antidiagonal, pooled, vertical_slash, tail)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
     plain = (
         attention,

@@ -13,11 +13,12 @@ from effcompile.core.density import extent
 from effcompile.core.policy import check_share, check_whole
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite
-from effcompile.passes.attention.dynamic import DynamicPattern, products
+from effcompile.passes.attention.dynamic import products
+from effcompile.passes.attention.prefill import PrefillPattern
 
 
 @dataclass(frozen=True)
-class BlockTopk(DynamicPattern):
+class BlockTopk(PrefillPattern):
     """Keep `density` of all pairs in prefill, in blocks of `block`; `budget` tokens in pages of `page` in decode.
 
     A block is judged by the product of the mean query and the mean key. The first block and those of the queries' own keys stay
@@ -49,7 +50,7 @@ class BlockTopk(DynamicPattern):
         """Return the budget in decode; in prefill, two blocks: the first and the own."""
         return self.budget if site.q_len == 1 else 2 * self.block
 
-    def expected(self, site: AttentionSite) -> float:
+    def estimated(self, site: AttentionSite) -> float:
         """Return the density; in decode, the budget over the number of keys."""
         return min(1.0, self.budget / extent(site.kv_len)) if site.q_len == 1 else self.density
 

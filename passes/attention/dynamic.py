@@ -61,6 +61,10 @@ class DynamicPattern(AttentionPattern):
     def choose(self, call: AttentionCall, head: tuple[Any, ...], site: AttentionSite, edit: Editor) -> fx.Node:
         """Insert the selector; `head` holds its first operands (q, k, loads, sizes, keep)."""
 
+    def map(self, call: AttentionCall, head: tuple[Any, ...], site: AttentionSite, edit: Editor) -> fx.Node:
+        """Insert what makes the map of blocks to compute: the selector, and what a pattern does to its map."""
+        return self.choose(call, head, site, edit)
+
     def estimate(self, site: AttentionSite, target: Target, kernels: Kernels) -> Proposal:
         """Refuse what the pattern does not serve; the price is that of the fastest kernel and of the selector."""
         assert isinstance(site.mask, Mask)
@@ -120,7 +124,7 @@ class DynamicPattern(AttentionPattern):
         call = AttentionCall.of(node)
         assert call.keep is not None, f"{self.name} was applied to a mask that is not proved"
         loads, sizes, keep = list(call.loads), list(call.sizes), to_json(call.keep)
-        chosen = self.choose(call, (call.q, call.k, loads, sizes, keep), site, edit)
+        chosen = self.map(call, (call.q, call.k, loads, sizes, keep), site, edit)
         operands = (call.q, call.k, call.v, chosen, loads, sizes, keep, call.empty_row, call.scale)
         return edit.call(torch.ops.eff.attention_blocks_v1.default, *operands, *self.blocks(site), like=node)
 

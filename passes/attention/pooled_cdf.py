@@ -13,14 +13,15 @@ from effcompile.core.density import extent
 from effcompile.core.policy import check_share, check_whole, refused_value
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite
-from effcompile.passes.attention.dynamic import DynamicPattern, products
+from effcompile.passes.attention.dynamic import products
+from effcompile.passes.attention.prefill import PrefillPattern
 
 ASSUMED = 0.5
 """Price the default settings at this density; the true one is data."""
 
 
 @dataclass(frozen=True)
-class PooledCdf(DynamicPattern):
+class PooledCdf(PrefillPattern):
     """Keep the fewest blocks that hold `cdf` of each row's mass, judged by mean queries and mean keys, in prefill.
 
     Blocks whose positions are less alike than `similarity` (their mean cosine; 0 turns this off) are computed whatever their
@@ -50,7 +51,7 @@ class PooledCdf(DynamicPattern):
         """Return what the first block and the own ones hold."""
         return 2 * self.block
 
-    def expected(self, site: AttentionSite) -> float:
+    def estimated(self, site: AttentionSite) -> float:
         """Return what is assumed, or everything."""
         return 1.0 if self.cdf >= 1 else ASSUMED
 

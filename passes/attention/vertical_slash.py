@@ -13,14 +13,14 @@ from effcompile.core.density import extent
 from effcompile.core.policy import check_share, check_whole
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite
-from effcompile.passes.attention.dynamic import DynamicPattern
+from effcompile.passes.attention.prefill import PrefillPattern
 
 ASSUMED = 0.3
 """Price the default coverage at this density; the true one is data."""
 
 
 @dataclass(frozen=True)
-class VerticalSlash(DynamicPattern):
+class VerticalSlash(PrefillPattern):
     """Keep the fewest columns and the fewest diagonals that hold `coverage` of what `probe` last queries read, in prefill.
 
     Columns are `column` keys wide, diagonals `block` queries. The last queries stand for all: the choice sees the whole prompt.
@@ -50,7 +50,7 @@ class VerticalSlash(DynamicPattern):
         """Return two blocks: the first column's and the own diagonal's."""
         return 2 * self.block
 
-    def expected(self, site: AttentionSite) -> float:
+    def estimated(self, site: AttentionSite) -> float:
         """Return what is assumed at the default coverage, more above it."""
         return 1.0 if self.coverage >= 1 else min(1.0, ASSUMED * self.coverage / 0.9)
 

@@ -13,14 +13,15 @@ from effcompile.core.density import extent
 from effcompile.core.policy import check_share, check_whole
 from effcompile.core.rewrite import Editor
 from effcompile.core.site import AttentionSite
-from effcompile.passes.attention.dynamic import DynamicPattern, products
+from effcompile.passes.attention.dynamic import products
+from effcompile.passes.attention.prefill import PrefillPattern
 
 ASSUMED = 0.3
 """Price the default threshold at this density; the true one is data."""
 
 
 @dataclass(frozen=True)
-class XAttention(DynamicPattern):
+class XAttention(PrefillPattern):
     """Keep the fewest blocks of `block` that hold `threshold` of each row's estimated mass, in prefill.
 
     The estimate is one product at 1 / `stride` of the cost of all scores. The first block and those of the queries' own keys stay
@@ -49,7 +50,7 @@ class XAttention(DynamicPattern):
         """Return two blocks: the first and the own."""
         return 2 * self.block
 
-    def expected(self, site: AttentionSite) -> float:
+    def estimated(self, site: AttentionSite) -> float:
         """Return what is assumed at the default threshold, more above it."""
         return 1.0 if self.threshold >= 1 else min(1.0, ASSUMED * self.threshold / 0.9)
 

@@ -30,6 +30,7 @@ from tests.support.check import CPU, all_catalog, check_policy, check_refusal, f
 PREFILL = (
     BlockTopk(density=0.4, block=16, dense_layers=0),
     XAttention(threshold=0.5, stride=4, block=16),
+    XAttention(threshold=0.3, stride=4, block=16, tail=20),
     PooledCdf(cdf=0.5, similarity=0.0, block=32),
     VerticalSlash(coverage=0.5, probe=8, block=16, column=16),
 )
@@ -197,7 +198,7 @@ def test_chunks_of_any_length(policy: DynamicPattern, rows: int, more: int, wind
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(PREFILL[:3]), st.integers(1, 129), st.sampled_from([0, 7]), st.integers(0, 99))
+@given(st.sampled_from(PREFILL[:4]), st.integers(1, 129), st.sampled_from([0, 7]), st.integers(0, 99))
 def test_later_keys_change_nothing(policy: DynamicPattern, cut: int, more: int, seed: int) -> None:
     """A change of key j leaves every row before j as it was, bit for bit, whatever block both are in."""
 
@@ -211,6 +212,34 @@ def test_later_keys_change_nothing(policy: DynamicPattern, cut: int, more: int, 
     changed[2][:, :, cut + more :] = 7.0
     graph = policy_graphs(raise_attention(dense, args), policy)["cpu-blocks"]
     assert torch.equal(graph(*args)[:, :, :cut], graph(*changed)[:, :, :cut])
+
+
+@pytest.mark.parametrize("policy", PREFILL, ids=named)
+@pytest.mark.parametrize("tail", [1, 16, 40, 500])
+def test_the_tail_reads_everything(policy: DynamicPattern, tail: int) -> None:
+    """The blocks with one of the last queries are whole, those before them are as without a tail."""
+    args = qkv(1, (4, 2), (150, 150))
+    order = torch.ones(150, 150, dtype=torch.bool).tril()
+    without = chosen_pairs(replace(policy, tail=0), causal, args) & order  # type: ignore[call-arg]
+    kept = chosen_pairs(replace(policy, tail=tail), causal, args) & order  # type: ignore[call-arg]
+    height = policy.blocks(SITE)[0]
+    first = max(0, 150 - tail) // height * height
+    assert not torch.equal(without[:, :, first:], order[first:].expand_as(without[:, :, first:])), (
+        "the tail adds nothing"
+    )
+    assert torch.equal(kept[:, :, first:], order[first:].expand_as(kept[:, :, first:]))
+    assert torch.equal(kept[:, :, :first], without[:, :, :first])
+
+
+def test_a_tail_counts_in_the_density_and_not_in_decode() -> None:
+    plain, late = BlockTopk(density=0.1), BlockTopk(density=0.1, tail=128)
+    # 128 of 4,096 rows hold 6 % of the causal pairs.
+    assert late.expected(SITE) == pytest.approx(0.1 + 0.9 * (2 * 128 / 4096 - (128 / 4096) ** 2), abs=0.01)
+    step_site = replace(SITE, q_len=1, mask=Mask())
+    assert late.expected(step_site) == plain.expected(step_site)
+    args = qkv(1, (4, 2), (1, 100))
+    budget = replace(late, budget=32, page=8, dense_layers=0)
+    assert int((chosen_pairs(budget, step, args)).sum(-1).max()) <= 32
 
 
 # --- decode ---
