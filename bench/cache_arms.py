@@ -27,6 +27,8 @@ FORMATS: Mapping[str, str] = {
     "zipvl": "zipvl-mixed{mass=0.97}",
 }
 """What is measured, by the name of its arm."""
+ALL_JUDGE = 2048
+"""Let every query of a prompt judge up to this length; beyond it some do, since their number goes with the square."""
 MIXED = ("zipvl",)
 """Arms that read a prompt by themselves, since where a token goes depends on the queries."""
 EVICTIONS: Mapping[str, tuple[str, str]] = {
@@ -34,9 +36,9 @@ EVICTIONS: Mapping[str, tuple[str, str]] = {
     "snapkv": ("plain", "snapkv{{budget={half},window={few}}}"),
     "snapkv-kivi-4": ("kivi{bits=4,group=32,residual=128}", "snapkv{{budget={half},window={few}}}"),
     "expected-attention": ("plain", "expected-attention{{keep=0.5,least=16}}"),
-    "keyformer": ("plain", "keyformer{{keep=0.5,least=16}}"),
-    "keyformer-silent": ("plain", "keyformer{{keep=0.5,least=16,noise=False}}"),
-    "keyformer-int8": ("int8-per-token", "keyformer{{keep=0.5,least=16}}"),
+    "keyformer": ("plain", "keyformer{{keep=0.5,least=16{probes}}}"),
+    "keyformer-silent": ("plain", "keyformer{{keep=0.5,least=16,noise=False{probes}}}"),
+    "keyformer-int8": ("int8-per-token", "keyformer{{keep=0.5,least=16{probes}}}"),
 }
 """Format and eviction of an arm that holds half of its prompt."""
 PEERS = ("static-inductor", "static-eff", "quantized-quanto", "quantized-hqq", "dynamic")
@@ -97,7 +99,8 @@ def evicting(name: str, prompt: int) -> tuple[str, str]:
     """Return format and eviction of an arm, spelled for a prompt of so many tokens."""
     form, policy = EVICTIONS[name]
     half = prompt // 2
-    return form, policy.format(half=half, rest=half - 4, few=min(32, half // 4))
+    probes = ",probes=128" if prompt > ALL_JUDGE else ""
+    return form, policy.format(half=half, rest=half - 4, few=min(32, half // 4), probes=probes)
 
 
 def evicting_arm(name: str, prepared: Any, prompt: Tensor, capacity: int, backend: str = "") -> CacheArm:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import effcompile as eff
-from bench import pass_keys
+from bench import kvpress_arms, pass_keys
 from bench.arms_onnx_cache import EXPORTS
 from bench.cache_arms import (
     EVICTIONS,
@@ -37,7 +37,7 @@ from bench.clocks import timer_for
 from bench.manifest import scrub
 from bench.model_case import DTYPES
 from bench.peers import release
-from bench.quality import Score
+from bench.quality import Score, hunts
 from bench.rounds import interleave
 from bench.stats import Spread, ratios
 from bench.windows import many_graphs, no_collection
@@ -67,7 +67,9 @@ class KVDecode(BaseCase):
         "generate: greedy tokens of prompts of `length` tokens beside those of StaticCache, eager. bytes are those of the cache's "
         "tensors at the end; "
         "bytes_ratio is against bfloat16 keys and values of as many tokens. quantized-*: transformers' QuantizedCache, 4 bits, "
-        "groups of 32, residual 128, eager. onnx-*: exports in ONNX Runtime, their cache as inputs and outputs. With --quick the "
+        "groups of 32, residual 128, eager. onnx-*: exports in ONNX Runtime, their cache as inputs and outputs. "
+        "kvpress-*: that library, half of the "
+        "same prompts, under an interpreter of its own. With --quick the "
         "model has one layer, and its numbers mean nothing."
     )
     unit: ClassVar[str] = "token"
@@ -87,8 +89,8 @@ class KVDecode(BaseCase):
         return (BASE, "static-eff", "quantized-quanto", *FORMATS, *EVICTIONS)
 
     def known_arms(self, device: str) -> tuple[str, ...]:
-        """Return the above, transformers' other caches, and exports to ONNX."""
-        return (*PEERS, *FORMATS, *EVICTIONS, *EXPORTS)
+        """Return the above, transformers' other caches, exports to ONNX, and what kvpress drops."""
+        return (*PEERS, *FORMATS, *EVICTIONS, *EXPORTS, *kvpress_arms.ARMS)
 
     def rows(self, settings: Settings) -> Sequence[Row]:
         """Return length x form x dtype; a form has a length of its own unless lengths are asked for."""
@@ -248,7 +250,26 @@ class KVDecode(BaseCase):
         hunted, _ = pass_keys.measure(plain, hunters, prompt, 2 if settings.quick else self.keys, watch)
         for name in scores:
             arms[name]["pass_key"] = {**hunted[name]["pass_key"], "dense": hunted["dense"]["pass_key"]["found"]}
-        return _with_quality(arms, samples, scores)
+        arms, spreads = _with_quality(arms, samples, scores)
+        if peers := [name for name in names if name in kvpress_arms.ARMS]:
+            watch.say("kvpress")
+            arms |= self._kvpress(plain, windows, prompt, peers, hunted["dense"]["pass_key"], settings)
+        return arms, spreads
+
+    def _kvpress(
+        self,
+        plain: ZooModel,
+        windows: Tensor,
+        prompt: int,
+        names: Sequence[str],
+        dense: dict[str, Any],
+        settings: Settings,
+    ) -> dict[str, Any]:
+        keys = list(hunts(plain.tokenizer, austen_text(), prompt, dense["tries"]))
+        few = min(32, prompt // 8)
+        found = kvpress_arms.measure(plain.model, names, windows, prompt, keys, few, settings.threads)
+        whole = cache_bytes(plain, windows.shape[1])
+        return {name: kvpress_arms.told(arm, whole, dense["found"]) for name, arm in found.items()}
 
     def _generate(
         self, plain: ZooModel, prepared: Any, names: Sequence[str], length: int, settings: Settings, watch: Watch
@@ -298,8 +319,12 @@ def _with_quality(
 
 
 def _bytes(arm: CacheArm, loaded: ZooModel, length: int, policy: str) -> dict[str, Any]:
+    held = arm.nbytes()
+    return {"policy": policy, "bytes": held, "bytes_ratio": float(f"{held / cache_bytes(loaded, length):.4g}")}
+
+
+def cache_bytes(loaded: ZooModel, length: int) -> int:
+    """Return the bytes of keys and values of so many tokens in bfloat16."""
     config: Any = loaded.model.config
     heads, depth = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    whole = 2 * 2 * config.num_hidden_layers * heads * depth * length
-    held = arm.nbytes()
-    return {"policy": policy, "bytes": held, "bytes_ratio": float(f"{held / whole:.4g}")}
+    return int(2 * 2 * config.num_hidden_layers * heads * depth * length)

@@ -15,7 +15,7 @@ from torch import Tensor
 from effcompile.core.cache import CacheFormat, CacheShape, Tiers
 from effcompile.core.errors import EffError
 from effcompile.core.site import CacheSite
-from effcompile.ops.kv import common, evict, mixed, scores
+from effcompile.ops.kv import common, evict, mixed, plain, scores
 from effcompile.ops.kv.grouped import Grouped
 from effcompile.runtime.kv_cache import FIRST, LayerCache
 
@@ -136,6 +136,11 @@ class MixedCache(LayerCache):
             rank, share = self._ranked(q, k, own, causal, scale, softcap)
             if self.shape is None:
                 self._make(k, v, share, self.total or max(FIRST, 2 * fresh))
+            self.reserve(fresh)
+            out, lse = self._of_prompt(q, k, v, own, causal, scale, softcap)
+            self.state["length"].copy_(self._store(k, v, rank))
+            self.state["seen"].add_(fresh)
+            return out, lse
         self.reserve(fresh)
         state = self.state
         packed = [state[name] for name in mixed.PACKED]
@@ -153,23 +158,33 @@ class MixedCache(LayerCache):
             self.site.window,
             self.spelled,
         )
-        if first:
-            state["length"].copy_(self._store(k, v, rank))
-        else:
-            account = (state["mass"], state["length"], state["seen"], state["share"], k, v, gain)
-            left = torch.ops.eff.kv_mix_v1.default(
-                *packed,
-                state["k_recent"],
-                state["v_recent"],
-                *account,
-                tiers.residual,
-                tiers.interval,
-                *tiers.bits,
-                self.total,
-            )
-            state["length"].copy_(left)
+        account = (state["mass"], state["length"], state["seen"], state["share"], k, v, gain)
+        left = torch.ops.eff.kv_mix_v1.default(
+            *packed,
+            state["k_recent"],
+            state["v_recent"],
+            *account,
+            tiers.residual,
+            tiers.interval,
+            *tiers.bits,
+            self.total,
+        )
+        state["length"].copy_(left)
         state["seen"].add_(fresh)
         return out, lse
+
+    def _of_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (output, LSE) over the tokens of a first call alone: its probes have judged them, so that no score is kept."""
+        state = {
+            "keys": self.state["k_recent"],
+            "values": self.state["v_recent"],
+            "length": self.state["seen"] + k.shape[2],
+        }
+        asked = (q, k, v, mask, causal, scale, softcap)
+        found = plain.FORM.attend(state, asked, (), (self.site.window, self.spelled), False)
+        return found[0], found[1]
 
     def _ranked(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float
