@@ -149,6 +149,8 @@ _REPORTS = {
     "kv_cache.md": "cache_report",
     "experts.md": "experts_report",
     "tokens.md": "token_report",
+    "adaptive.md": "adaptive_report",
+    "export.md": "export_report",
 }
 """The pages of docs with results, and the module of bench that writes each."""
 

@@ -27,6 +27,7 @@ from effcompile.models import zoo
 
 NAMES = {
     "attention-table",
+    "builds",
     "codebook",
     "compile-time",
     "dinov2",
