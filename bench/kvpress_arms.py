@@ -53,6 +53,7 @@ def measure(
             "prompt": prompt,
             "presses": [ARMS[name] for name in names],
             "answers": [hunt.answer for hunt in keys],
+            "depths": [hunt.depth for hunt in keys],
             "window": window,
             "threads": threads,
         }

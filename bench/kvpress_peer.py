@@ -9,6 +9,7 @@ of the prompts, of each key's answer, and the presses. `answer.json` is written 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import time
@@ -53,7 +54,6 @@ def read(model: Any, press: Any, ids: Tensor, cut: int) -> tuple[Tensor, int]:
 
 def answer(folder: Path) -> dict[str, Any]:
     """Do the job of a folder."""
-    import kvpress
     import transformers
     from safetensors.torch import load_file
 
@@ -71,11 +71,10 @@ def answer(folder: Path) -> dict[str, Any]:
                 logits, held = read(model, press, ids[None], prompt)
                 seconds.append((time.perf_counter() - begun) / (len(ids) - prompt))
                 score.add(logits[0], dense, ids[prompt:])
-            for ids, last in zip(tensors["keys"], job["answers"]):
-                cut = len(ids) - last - 1
-                count.add(Hunt(ids[None], last, 0.0), read(model, press, ids[None], cut)[0])
+            for ids, last, depth in zip(tensors["keys"], job["answers"], job["depths"]):
+                count.add(Hunt(ids[None], last, depth), read(model, press, ids[None], len(ids) - last - 1)[0])
             told[name] = {"seconds": seconds, "bytes": held, "quality": score.to_json(), "pass_key": count.to_json()}
-    versions = {"kvpress": getattr(kvpress, "__version__", ""), "transformers": transformers.__version__}
+    versions = {name: importlib.metadata.version(name) for name in ("kvpress", "transformers")}
     return {"presses": told, "versions": versions}
 
 
