@@ -46,8 +46,8 @@ class OnnxExport(Case):
         "position; torch-onnx is torch.onnx.export of the model without a cache. prefill-cached: the same with keys and values of "
         "every layer as inputs and outputs, empty here; optimum-style is torch.onnx.export over ids, mask, positions and these, as "
         "Optimum's decoders have them. eff-portable and eff (flavor ort) are ours. The others are mixture-of-experts blocks of "
-        "transformers, `length` tokens: dense runs all experts on all tokens, eff-portable loops over those that were chosen; where "
-        "ONNX Runtime's MoE holds, it does the work of eff. With --quick the model has two layers."
+        "transformers, `length` tokens: dense runs all experts on all tokens, eff-portable loops over those that were chosen; "
+        "where ONNX Runtime's MoE holds, it does the work of eff. With --quick the model has two layers."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = FORMS
