@@ -38,9 +38,11 @@ SETTINGS: Mapping[str, str] = {
     "xattention-0.8": "xattention{threshold=0.8}",
     "xattention-0.9": "xattention{threshold=0.9}",
     "xattention-0.9-tail": "xattention{threshold=0.9,tail=64}",
+    "xattention-0.95-tail": "xattention{threshold=0.95,tail=64}",
     "pooled-0.9": "pooled-cdf{cdf=0.9}",
     "pooled-0.9-tail": "pooled-cdf{cdf=0.9,tail=64}",
     "pooled-0.98": "pooled-cdf{cdf=0.98}",
+    "pooled-0.98-tail": "pooled-cdf{cdf=0.98,tail=64}",
     "slash-0.9": "vertical-slash{coverage=0.9}",
     "zipvl-0.97": "zipvl{mass=0.97}",
 }
@@ -69,6 +71,7 @@ class SparseQuality(BaseCase):
         "density and selector shares come from an eager run of the rewritten graph on the first window."
     )
     headline: ClassVar[bool] = False
+    adds_arms: ClassVar[bool] = True  # arms of a later run stand beside those of an earlier one; ratios are to their own
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = FORMS
     model: str = "smollm2-135m"
