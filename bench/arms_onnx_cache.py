@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,6 @@ class Exported:
 
     session: Any
     call: decoder.DecoderCall
-    folder: tempfile.TemporaryDirectory[str]  # the weights are read from it as long as the session lives
     held: Mapping[str, Any]
     prompt: Mapping[str, Any]
     tokens: int = 0
@@ -79,12 +80,15 @@ def make(name: str, model: Any, past: Past, ranges: str) -> Exported:
     """Export a model for an arm, and let its cache hold a prompt."""
     format, flavor = EXPORTS[name]
     options = {"kv": format.replace("}", f",ranges={ranges}}}")} if format else {}
-    folder = tempfile.TemporaryDirectory()
-    out = Path(folder.name, "a")
+    folder = tempfile.mkdtemp()
+    out = Path(folder, "a")
     eff.export(model, (), {}, to="onnx", out=out, cache=True, flavor=flavor, options=options)
     kind = read_policy("kv", options["kv"], all_methods()) if options else None
     call = decoder.cached_decoder(model, kind, own=flavor == "portable")
-    made = Exported(_session(out / "model.onnx"), call, folder, {}, {})
+    made = Exported(_session(out / "model.onnx"), call, {}, {})
+    weakref.finalize(
+        made, shutil.rmtree, folder, ignore_errors=True
+    )  # weights are read from it while the session lives
     made.fill(past)
     return made
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,7 @@ from effcompile.core.target import Target
 
 OPSET = 20
 ENGINE, RECIPE, SCRIPT = "model.engine", "build.json", "build_engine.py"
+_DID = {"build": "built", "refit": "built before, its weights replaced", "nothing": "built before"}
 
 
 class TensorRt(Emitter):
@@ -57,23 +60,22 @@ class TensorRt(Emitter):
         file = write_onnx(job.variants[0].exported, draft.folder, opset, names=job.names)
         inputs, outputs = file.inputs, file.outputs
         job.say("checking")
-        checks, held = job.check(Session(draft.folder / FILE))
-        shapes = profile(inputs, dict(job.sizes), held, parse_profile(job.settings.profile))
+        checks, fixed = job.check(Session(draft.folder / FILE))
+        shapes = profile(inputs, dict(job.sizes), fixed, parse_profile(job.settings.profile))
         recipe: dict[str, Any] = {"onnx": FILE, "profile": shapes, "refit": True}
         draft.file(RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
         script = Path(str(build_engine.__file__))
         draft.file(SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
         word = job.targets[0].device.compute
         lacking = why_not_here(word)
-        details = [("opset", str(opset)), ("checked at one value", ", ".join(held))]
+        details = [("opset", str(opset)), ("checked at one value", ", ".join(fixed))]
         if lacking is None:
             job.say("building")
-            task = {**recipe, "onnx": str(draft.folder / FILE), "engine": str(draft.file(ENGINE, native=True))}
-            told = build(
-                {**task, "chips": [word]}, job.settings.seconds, job.say, (sys.executable, str(script)), "TensorRT"
-            )
-            Path(task["engine"] + ".timing").unlink(missing_ok=True)
-            details.append(("tensorrt", str(told.get("version", ""))))
+            held = engine_place(draft.folder / FILE, word, shapes)
+            task = {**recipe, "onnx": str(draft.folder / FILE), "engine": str(held), "chips": [word]}
+            told = build(task, job.settings.seconds, job.say, (sys.executable, str(script)), "TensorRT")
+            shutil.copyfile(held, draft.file(ENGINE, native=True))
+            details += [("tensorrt", str(told.get("version", ""))), ("engine", _DID.get(str(told.get("did")), ""))]
         else:
             details.append(("engine", f"not built: {lacking}; on the target: python {SCRIPT} ../{ENGINE}"))
         return Emitted(inputs, outputs, checks, tuple(details))
@@ -93,6 +95,20 @@ class TensorRt(Emitter):
         path = artifact.file(ENGINE)
         chip_here()
         return EngineSession(path, artifact.manifest.inputs, artifact.manifest.outputs, "tensorrt")
+
+
+def engine_place(model: Path, word: str, shapes: dict[str, Any]) -> Path:
+    """Return where the engine of a graph is kept between exports, with its timings: a folder that is this user's alone.
+
+    It lies in TorchInductor's cache, which holds machine code too, so `eff cache clear` removes it. Weights are no part of the
+    name: the engine of the same graph with others is refitted.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    told = json.dumps([build_engine.digest(model), word, shapes], sort_keys=True)
+    folder = Path(cache_dir(), "effcompile-engines", hashlib.sha256(told.encode()).hexdigest()[:32])
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / ENGINE
 
 
 def why_not_here(word: str) -> str | None:
