@@ -73,7 +73,7 @@ class Aoti(Emitter):
                 "EFF-E112", "the package is for a GPU, and torch sees none here", hint="eff doctor; --target cpu"
             )
         names = [x.name for x in artifact.manifest.inputs], [x.name for x in artifact.manifest.outputs]
-        return _loaded(AotiSession(artifact.file(FILE), *names, device), artifact.file(WEIGHTS))
+        return _loaded(AotiSession(artifact.file(FILE, runs=True), *names, device), artifact.file(WEIGHTS))
 
 
 def _loaded(session: AotiSession, weights: object) -> AotiSession:

@@ -92,7 +92,7 @@ class TensorRt(Emitter):
                 f"the artifact has no engine: {dict(artifact.manifest.details).get('engine', '')}",
                 hint="--provider cpu runs its ONNX",
             )
-        path = artifact.file(ENGINE)
+        path = artifact.file(ENGINE, runs=True)
         chip_here()
         return EngineSession(path, artifact.manifest.inputs, artifact.manifest.outputs, "tensorrt")
 

@@ -105,7 +105,7 @@ class TensorRtRtx(Emitter):
 
         engines = {name: entry for name, entry in artifact.manifest.files if name.endswith(".engine")}
         names = {word: name for name in engines for word in Path(name).stem.split("+")}
-        paths = {word: artifact.file(name) for word, name in names.items()}  # refuses without trust
+        paths = {word: artifact.file(name, runs=True) for word, name in names.items()}  # refuses without trust
         word = chip_here()
         if word not in paths:
             raise EffError(

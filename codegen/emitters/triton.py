@@ -73,9 +73,7 @@ class TritonBinaries(Emitter):
         """
         from effcompile.codegen.triton.load import Library
 
-        for name, entry in artifact.manifest.files:
-            if entry.native:
-                artifact.file(name)  # refuses without trust
+        artifact.check_trust("what the artifact holds")
         if artifact.packed:
             raise EffError("EFF-E112", "kernels are loaded from a folder; this is a zip", hint="unpack it")
         return _Kernels(Library(artifact.folder))

@@ -80,8 +80,8 @@ class Artifact:
         self.manifest, self.folder, self.trust, self._held = manifest, folder, trust, held
         self._entries: Mapping[str, FileEntry] = dict(manifest.files)
 
-    def file(self, name: str) -> Path:
-        """Return the path of a file.
+    def file(self, name: str, *, runs: bool = False) -> Path:
+        """Return the path of a file; `runs` says that it will be loaded as machine code, whatever the manifest calls it.
 
         Raises:
             EffError: EFF-E104 where there is none, EFF-E107 where it is machine code and the artifact is not trusted.
@@ -93,13 +93,18 @@ class Artifact:
                 f"the artifact has no `{name}`; it has {', '.join(self._entries) or 'no file'}",
                 hint="eff show DIR lists its files",
             )
-        if entry.native and not self.trust:
+        if entry.native or runs:
+            self.check_trust(f"`{name}`")
+        return self.folder / name
+
+    def check_trust(self, what: str) -> None:
+        """Raise EFF-E107 unless the artifact is trusted; what decides is what is done with a file, never its manifest alone."""
+        if not self.trust:
             raise EffError(
                 "EFF-E107",
-                f"`{name}` is machine code: opening it runs whatever its maker wrote",
+                f"{what} is machine code: opening it runs whatever its maker wrote",
                 hint="add --trust (trust=True) if you trust where it comes from",
             )
-        return self.folder / name
 
     @property
     def packed(self) -> bool:

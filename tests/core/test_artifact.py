@@ -230,3 +230,16 @@ def test_a_damaged_zip_is_refused_or_whole(cuts: list[tuple[int, int]], end: int
 def test_a_manifest_of_anything_is_refused_by_name(value: object, field: str | None) -> None:
     data: object = value if field is None else {**MANIFEST.to_json(), field: value}
     assert outcome(lambda: Manifest.read(json.dumps(data)))[0] in ("", "EFF-E103", "EFF-E104")
+
+
+def test_a_manifest_that_calls_machine_code_something_else(tmp_path: Path) -> None:
+    """What is run needs trust, whatever the manifest says of it: its writer is whom trust is about."""
+    folder = written(tmp_path / "a")
+    data = json.loads((folder / NAME).read_text())
+    data["files"]["code/k.cubin"]["native"] = False
+    (folder / NAME).write_text(json.dumps(data))
+    with read_artifact(folder) as found:
+        assert code_of(lambda: found.file("code/k.cubin", runs=True)) == "EFF-E107"
+        assert code_of(lambda: found.check_trust("it")) == "EFF-E107"
+    with read_artifact(folder, trust=True) as found:
+        assert found.file("code/k.cubin", runs=True).exists()
