@@ -23,6 +23,7 @@ from effcompile.ops import moe
 _ATEN = torch.ops.aten
 NEVER = -1e4
 """A logit below that of any weight: log of the least positive float32 is -104."""
+ROUTED = "eff.routed"
 _LEAST = 1e-38
 
 
@@ -39,19 +40,14 @@ class OrtExperts(OnnxForm):
             return
         for node in list(edit.graph.find_nodes(op="call_function", target=torch.ops.eff.moe_v1.default)):
             call = ExpertsCall.of(node)
-            attributes = _attributes(call)
+            attributes = attributes_of(call)
             if attributes is None or call.side != "out" or call.x.meta["val"].dtype != torch.float32:
                 continue
             with edit.before(node):
-                logits, total = _router(edit, call)
+                routed = router(edit, call)
                 w1, b1, w2, b2 = _weights(edit, call)
-            inputs: tuple[fx.Node | None, ...] = (call.x, logits, w1, b1, w2, b2)
+            inputs: tuple[fx.Node | None, ...] = (call.x, routed.logits, w1, b1, w2, b2)
             inputs = inputs if b2 is not None else inputs[:-1]
-
-            def finish(
-                edit: Editor, made: Sequence[fx.Node], total: fx.Node = total, node: fx.Node = node
-            ) -> list[fx.Node]:
-                return [edit.call(_ATEN.mul.Tensor, made[0], total, like=node)]
 
             yield Placement(
                 self.name,
@@ -62,12 +58,13 @@ class OrtExperts(OnnxForm):
                 attributes,
                 sample=functools.partial(_sample, call),
                 values=(node.meta["val"],),
-                finish=finish,
+                finish=functools.partial(weighed, node, routed.total),
                 site=str(node.meta.get("eff.site", "")),
             )
 
 
-def _attributes(call: ExpertsCall[fx.Node]) -> dict[str, Any] | None:
+def attributes_of(call: ExpertsCall[fx.Node]) -> dict[str, Any] | None:
+    """Return what the operator is told of a gate, None where it has no such gate."""
     known: dict[str, Any] = {"k": int(call.ids.meta["val"].shape[1]), "normalize_routing_weights": 1}
     if call.layout == "none":
         if call.act not in ("relu", "gelu", "silu") or call.limit or call.alpha != 1:
@@ -80,8 +77,23 @@ def _attributes(call: ExpertsCall[fx.Node]) -> dict[str, Any] | None:
     return known | ({"swiglu_limit": float(call.limit)} if call.limit else {})
 
 
-def _router(edit: Editor, call: ExpertsCall[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """Return logits `[T, E]` that choose what was chosen, and the sum of the weights of each token `[T, 1]`."""
+def weighed(node: fx.Node, total: fx.Node, edit: Editor, made: Sequence[fx.Node]) -> list[fx.Node]:
+    """Multiply what an operator gave with weights of sum 1 by the sum that they have."""
+    return [edit.call(_ATEN.mul.Tensor, made[0], total, like=node)]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Hold what an operator gets of a choice: logits `[T, E]`, and the sum of the weights of each token `[T, 1]`."""
+
+    ids: fx.Node
+    weights: fx.Node
+    logits: fx.Node
+    total: fx.Node
+
+
+def router(edit: Editor, call: ExpertsCall[fx.Node]) -> Routed:
+    """Return logits that choose what was chosen; their node tells how it was made (`ROUTED`)."""
     experts = int(call.w1.meta["val"].shape[0])
 
     def logits(ids: Tensor, share: Tensor) -> Tensor:
@@ -89,7 +101,9 @@ def _router(edit: Editor, call: ExpertsCall[fx.Node]) -> tuple[fx.Node, fx.Node]
         return empty.scatter(1, ids.long(), share.float().clamp(min=_LEAST).log())
 
     total = edit.inline(lambda share: share.float().sum(1, keepdim=True), call.weights)
-    return edit.inline(logits, call.ids, call.weights), total
+    made = Routed(call.ids, call.weights, edit.inline(logits, call.ids, call.weights), total)
+    made.logits.meta[ROUTED] = made
+    return made
 
 
 def _weights(edit: Editor, call: ExpertsCall[fx.Node]) -> tuple[fx.Node | None, ...]:
@@ -134,9 +148,7 @@ def _sample(call: ExpertsCall[fx.Node]) -> tuple[Tensor, ...]:
     tokens, hidden, inner = 7, 16, 32
     experts, top_k = int(call.w1.meta["val"].shape[0]), int(call.ids.meta["val"].shape[1])
     wide = inner if call.layout == "none" else 2 * inner
-    logits = torch.full((tokens, experts), NEVER)
-    ids = torch.stack([torch.randperm(experts, generator=draw)[:top_k] for _ in range(tokens)])
-    logits = logits.scatter(1, ids, torch.rand(tokens, top_k, generator=draw).log())
+    logits = some_logits(tokens, experts, top_k, draw)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
@@ -144,3 +156,9 @@ def _sample(call: ExpertsCall[fx.Node]) -> tuple[Tensor, ...]:
     b1, b2 = (None if b is None else some(experts, n) for b, n in ((call.b1, wide), (call.b2, hidden)))
     given = (some(tokens, hidden), logits, some(experts, wide, hidden) / 4, b1, some(experts, hidden, inner) / 4, b2)
     return tuple(x for x in given if x is not None)
+
+
+def some_logits(tokens: int, experts: int, top_k: int, draw: torch.Generator) -> Tensor:
+    """Return logits as `router` makes them, of random experts with random weights."""
+    ids = torch.stack([torch.randperm(experts, generator=draw)[:top_k] for _ in range(tokens)])
+    return torch.full((tokens, experts), NEVER).scatter(1, ids, torch.rand(tokens, top_k, generator=draw).log())

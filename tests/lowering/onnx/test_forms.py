@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from effcompile import ops
 from effcompile.codegen.onnx.probe import Probe
 from effcompile.core.export_form import Dialect, OnnxForm, Placement
-from effcompile.core.rewrite import Editor, copy_graph
+from effcompile.core.rewrite import VALUE, Editor, copy_graph
 from effcompile.core.site import AttentionSite
 from effcompile.lowering.onnx.gqa import GroupQuery
 from effcompile.lowering.onnx.moe import Experts
@@ -37,12 +37,17 @@ class Called(nn.Module):
         return self.function(*operands)
 
 
-def places(form: OnnxForm, dialect: Dialect, function: Callable[..., Any], *operands: Tensor) -> list[Placement]:
-    """Return what a form takes in the graph of a function."""
+def places(
+    form: OnnxForm, dialect: Dialect, function: Callable[..., Any], *operands: Tensor, known: tuple[int, ...] = ()
+) -> list[Placement]:
+    """Return what a form takes in the graph of a function; operands in the places `known` are weights."""
     ops.register()
     with torch.no_grad():
         exported = torch.export.export(Called(function), operands, strict=False)
     edit = Editor(copy_graph(exported.graph_module))
+    given = edit.graph.find_nodes(op="placeholder")
+    for place in known:
+        given[place].meta[VALUE] = operands[place]
     sites = {}
     for node in edit.graph.nodes:
         if node.target == torch.ops.aten.scaled_dot_product_attention.default:
