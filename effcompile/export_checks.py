@@ -32,7 +32,8 @@ class Call:
 
     def hints(self) -> dict[str, int]:
         """Return the sizes of the given call."""
-        return {s: n for x, row in zip(self.values, self.sizes, strict=True) for n, s in zip(x.shape, row) if s}
+        known = {s: n for x, row in zip(self.values, self.sizes, strict=True) for n, s in zip(x.shape, row) if s}
+        return {size: n for size, n in known.items() if size.isidentifier()}  # a sum of sizes is none of its own
 
     def at(self, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return the tensors at other sizes: their content is repeated, or cut."""
@@ -179,7 +180,8 @@ def compare_call(
         with torch.no_grad():
             given = subject(model, (), dict(kwargs), True, True, part=part)
             return compare(session, given.model, given.args, {})
-    call = cached_decoder(model)
+    call = cached_decoder(model, buffered=bool(dict(manifest.details).get("buffers")))
     ids = next(x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor))
     with torch.no_grad():
-        return compare(session, call.module, call.point(ids.shape[0], ids.shape[1], 3).args, {})
+        point = call.point(ids.shape[0], ids.shape[1], 3)
+        return errors(session, point.args, call.module(*point.args), point.real)

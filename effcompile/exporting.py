@@ -42,7 +42,7 @@ from effcompile.core.program import Program
 from effcompile.core.target import Target
 from effcompile.core.tokens import FAMILY as TOKENS
 from effcompile.core.tokens import SCHEDULED
-from effcompile.export_checks import call_of, checked
+from effcompile.export_checks import Call, call_of, checked
 from effcompile.lowering.onnx.gqa import GroupQuery
 from effcompile.lowering.onnx.lower import Written, lower_onnx
 from effcompile.planning.portable import followed, policies
@@ -106,6 +106,7 @@ def export(
     dynamic: bool = True,
     cache: bool | None = None,
     part: str = "",
+    buffers: bool = False,
     allow_dropped: bool = False,
     force: bool = False,
     name: str = "",
@@ -123,6 +124,7 @@ def export(
         seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`).
         cache: take and return keys and values of a decoder of transformers; by default in ONNX where a call is its token ids.
         part: `encoder` or `decoder` of an encoder-decoder of transformers, with its caches: one artifact each.
+        buffers: let a decoder's cache be buffers of a capacity, which a call writes into.
         allow_dropped: accept sites whose policy has no form there. force: replace an artifact. name: what to call the model.
         tokenizer: JSON of the one that belongs to it, to take along. say: hears what is being done.
 
@@ -165,6 +167,7 @@ def export(
                 format=stored,
                 own=flavor == "portable",
                 part=part,
+                buffers=buffers,
             )
             title = name or type(model).__name__
             job, sites = _job(title, given, form, targets, asked, plan, settings, dialect, say)
@@ -179,6 +182,7 @@ def export(
         if not isinstance(model, str):
             details += (
                 ("cache", "past_key_values" if given.points is not None else ""),
+                ("buffers", "max_sequence_length" if buffers else ""),
                 ("part", part),
                 ("ends", json.dumps(_ends(model)) if tokenizer else ""),
                 ("kv", stored.spelled if stored is not None else ""),
@@ -242,7 +246,7 @@ def _job(
         return checked(given, exported, call, runner, single, meant)
 
     names = Names(given.inputs, given.outputs, given.sizes or call.sizes)
-    hints = tuple(call.hints().items())
+    hints = tuple(Call(call.values, given.sizes or call.sizes).hints().items())
     return Job(title, targets, tuple(variants), hints, settings, check, say, names), sites
 
 

@@ -77,7 +77,12 @@ def errors_of_codes(
 
 
 def _tokens(x: Tensor, real: Tensor) -> Tensor:
-    """Return logits `[B, S, V]` or a cache `[B, H, T, D]` with zeros in the place of padding, where numbers stand."""
+    """Return logits `[B, S, V]` or a cache `[B, H, T, D]` with zeros in the place of padding, where numbers stand.
+
+    What lies behind the tokens of a buffer is nobody's, and zeros too.
+    """
+    if x.dim() == 4:
+        real = torch.nn.functional.pad(real, (0, max(0, x.shape[2] - real.shape[1])), value=False)
     if not real.all() and not x.isnan().any():
         kept = real[:, -x.shape[1] :, None] if x.dim() == 3 else real[:, None, :, None]
         return torch.where(kept, x, torch.zeros((), dtype=x.dtype))

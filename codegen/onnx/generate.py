@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from effcompile.codegen.onnx.memory import PAST, PRESENT
 from effcompile.codegen.onnx.session import Session
 from effcompile.core.artifact import Manifest
 from effcompile.core.errors import EffError
 
-PAST, PRESENT = "past_key_values.", "present."
 _KINDS = {
     "float": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
     "uint8": torch.uint8, "double": torch.float64,
@@ -31,8 +31,9 @@ def continuation(
             "EFF-E117", "the artifact is no decoder with a cache, which --text needs", hint="eff export MODEL --cache"
         )
     given = {t.name: t for t in manifest.inputs if t.name.startswith(PAST)}
+    room = len(prompt) + most if dict(manifest.details).get("buffers") else 0
     held: dict[str, Tensor] = {
-        name: torch.zeros([1, *(n if isinstance(n, int) else 0 for n in t.shape[1:])], dtype=_KINDS[t.dtype])
+        name: torch.zeros([1, *(n if isinstance(n, int) else room for n in t.shape[1:])], dtype=_KINDS[t.dtype])
         for name, t in given.items()
     }
     ids, past = torch.tensor([list(prompt)]), 0

@@ -61,7 +61,7 @@ class Probe:
 def _key(placement: Placement) -> str:
     shapes = [] if placement.sample is not None else [_described(node) for node in placement.inputs]
     there = [node is None for node in (*placement.inputs, *placement.outputs)]
-    told = [placement.op, sorted(placement.attributes.items()), placement.body, shapes, there]
+    told = [placement.op, sorted(placement.attributes.items()), placement.body, shapes, there, placement.shared]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -125,7 +125,18 @@ def _run(placement: Placement, given: Sequence[Tensor], exact: Sequence[Tensor],
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {n: _ort(onnxruntime, x) for n, x in values.items()}
-    return [_back(value) for value in session.run_with_ort_values(outputs, feeds)]
+    if not placement.shared:
+        return [_back(value) for value in session.run_with_ort_values(outputs, feeds)]
+    binding, own = session.io_binding(), {f"o{after}": feeds[f"i{before}"] for before, after in placement.shared}
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in outputs:
+        if name in own:
+            binding.bind_ortvalue_output(name, own[name])
+        else:
+            binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    return [_back(value) for value in binding.get_outputs()]
 
 
 def _ort(onnxruntime: Any, x: Tensor) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcompile.codegen.onnx import memory
 from effcompile.core.emitter import SIZES_HINT, check_inputs
 from effcompile.core.errors import EffError
 
@@ -16,7 +17,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 
 
 class Session:
-    """Hold a loaded model; calls take and give CPU tensors."""
+    """Hold a loaded model; calls take and give CPU tensors. A cache that is a buffer is written in place."""
 
     def __init__(self, path: Path, provider: str = "cpu", threads: int | None = None) -> None:
         runtime = _runtime()
@@ -40,6 +41,7 @@ class Session:
             ) from error
         self.inputs: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(item.name for item in self._session.get_outputs())
+        self._shared = memory.shared(self._session)
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return every output by its name.
@@ -49,9 +51,13 @@ class Session:
         """
         check_inputs(self.inputs, given)
         try:
+            if self._shared:
+                return memory.run(self._session, given, self._shared, self.outputs)
             found: Sequence[Any] = self._session.run(
                 None, {name: x.detach().cpu().numpy() for name, x in given.items()}
             )
+        except EffError:
+            raise
         except Exception as error:
             raise EffError("EFF-E111", f"ONNX Runtime fails: {_told(error)}", hint=SIZES_HINT) from error
         return {name: torch.from_numpy(x) for name, x in zip(self.outputs, found, strict=True)}

@@ -2,7 +2,8 @@
 
 Inputs and outputs have the names that users of ONNX exports know: `input_ids`, `attention_mask`, `position_ids`,
 `past_key_values.N.key`, and `logits`, `present.N.key`. A layer's tensors grow by concatenation, `[batch, heads, length, width]`,
-also where it slides: its mask says what it reads. With a format they hold codes of 8 or 4 bits instead, whose scales are constants.
+also where it slides: its mask says what it reads. With a format they hold codes of 8 or 4 bits instead, whose scales are constants;
+with buffers (`buffers.py`) they do not grow, and tokens are written into them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effcompile.capture import buffers
 from effcompile.core.cache import CacheFormat
 from effcompile.core.errors import EffError
 from effcompile.core.site import CacheSite, Refusal
@@ -25,7 +27,9 @@ from effcompile.ops.kv.fixed import quantize as make_codes
 
 CODE = "EFF-E117"
 BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
-TOTAL = f"{PAST} + {LENGTH}"
+TOTAL, COVERED, CAPACITY = f"{PAST} + {LENGTH}", "total_sequence_length", "max_sequence_length"
+ROOM = 3
+"""How many tokens more than there are the buffers of a comparison hold."""
 POINTS = ((2, 5, 4), (3, 1, 7), (1, 6, 0), (2, 9, 3), (2, 8, 0))
 """(batch, length, past) that an export is compared at: behind a cache, a step, a first prompt, and two padded from the left."""
 SINGLE = ((1, 5, 4), (3, 1, 7), (2, 6, 0), (2, 1, 6), (2, 8, 0))
@@ -109,18 +113,24 @@ def _coded_layer() -> Any:
 class CachedDecoder(nn.Module):
     """Take token ids, mask, positions and (key, value) of every layer; return logits and the same, grown.
 
-    With `bits` keys and values are codes, and `scales` has those of both, float32 `[heads, width]`, layer by layer.
+    With `bits` keys and values are codes, and `scales` has those of both, float32 `[heads, width]`, layer by layer. With
+    `buffered` they are buffers, and are returned with the tokens of the call written into them.
     """
 
-    def __init__(self, model: nn.Module, scales: Sequence[Tensor] = (), bits: int = 0, own: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, scales: Sequence[Tensor] = (), bits: int = 0, own: bool = True, buffered: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.bits, self.own = model, bits, own
+        self.model, self.bits, self.own, self.buffered = model, bits, own, buffered
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
         for place, scale in enumerate(scales):
             self.register_buffer(f"scale_{place}", scale)
 
-    def cache(self, held: Sequence[Tensor], answers: Sequence[Tensor] = ()) -> Any:
-        """Return transformers' cache of keys and values, or of their codes; `answers` are what these become."""
+    def cache(self, held: Sequence[Tensor], answers: Sequence[Tensor] = (), past: Any = 0) -> Any:
+        """Return transformers' cache of keys and values, or of their codes; `answers` are what these become.
+
+        `past` is how many tokens there are in buffers.
+        """
         from transformers import DynamicCache
         from transformers.cache_utils import Cache, DynamicLayer
 
@@ -131,6 +141,8 @@ class CachedDecoder(nn.Module):
             become: Sequence[Any] = list(zip(answers[::2], answers[1::2])) or [None] * len(pairs)
             kinds = zip(pairs, both, become, strict=True)
             return Cache(layers=[_coded_layer()(x, s, self.bits, self.own, after) for x, s, after in kinds])
+        if self.buffered:
+            return Cache(layers=[buffers.layer_of(keys, values, past) for keys, values in pairs])
         cache = DynamicCache()
         for keys, values in pairs:
             layer = DynamicLayer()
@@ -164,7 +176,7 @@ class CachedDecoder(nn.Module):
         return self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=self.cache(held, answers),
+            past_key_values=self.cache(held, answers, attention_mask.shape[1] - input_ids.shape[1]),
             use_cache=True,
             **given,
         )
@@ -200,12 +212,17 @@ class DecoderCall:
         mask = (torch.arange(past + length)[None] >= pads[:, None]).long()
         places = (mask.cumsum(1) - 1).clamp(min=0)
         held: Sequence[Tensor] = [x.expand(batch, *x.shape[1:]) for x in self.empty]
+        if self.module.buffered:
+            held = [x.new_zeros(batch, x.shape[1], past + length + ROOM, x.shape[3]) for x in self.empty]
         if past:
             first = (places[:, :past],) if self.module.positions else ()
             held = self.module(ids[:, :past], mask[:, :past], *first, *held)[1:]
         positions = (places[:, past:].contiguous(),) if self.module.positions else ()
         args = (ids[:, past:].contiguous(), mask, *positions, *(x.contiguous() for x in held))
-        return Point({BATCH: batch, LENGTH: length, PAST: past}, args, mask.bool())
+        sizes = {BATCH: batch, LENGTH: length, PAST: past}
+        if self.module.buffered:
+            sizes[CAPACITY] = past + length + ROOM
+        return Point(sizes, args, mask.bool())
 
     def points(self, single: bool = False) -> Iterator[Point]:
         """Yield a call for every point at which the export is compared."""
@@ -226,15 +243,20 @@ def is_decoder(model: Any) -> bool:
     )
 
 
-def cached_decoder(model: nn.Module, format: CacheFormat | None = None, *, own: bool = True) -> DecoderCall:
+def cached_decoder(
+    model: nn.Module, format: CacheFormat | None = None, *, own: bool = True, buffered: bool = False
+) -> DecoderCall:
     """Return a decoder with its cache as inputs and outputs, in a format where one is given.
 
-    `own` says that attention reads the tokens of a call as the model made them, and not from their codes.
+    `own` says that attention reads the tokens of a call as the model made them, and not from their codes; `buffered` that keys and
+    values are buffers of a capacity.
 
     Raises:
         EffError: EFF-E117 for a model without a cache of keys and values, such as one with a recurrent state; EFF-E118 for a format
-            that ONNX has no form of.
+            that ONNX has no form of, or that has none in buffers.
     """
+    if buffered and format is not None:
+        raise EffError("EFF-E118", f"`{format.name}` grows by concatenation", hint="leave --buffers or --kv out")
     if not is_decoder(model):
         raise EffError(
             CODE, f"{type(model).__name__} is no decoder with a cache", hint="leave the cache out: --no-cache"
@@ -256,14 +278,15 @@ def cached_decoder(model: nn.Module, format: CacheFormat | None = None, *, own: 
             CODE, f"the cache of {type(model).__name__} is not keys and values of every token", hint="--no-cache"
         )
     scales, bits = _scales(format, held) if format is not None else ([], 0)
-    module = CachedDecoder(model, scales, bits, own).eval()
+    module = CachedDecoder(model, scales, bits, own, buffered).eval()
     flat: list[Tensor] = [x for pair in held for x in pair if x is not None]
     if bits:
         flat = [quantize(x, scale, bits) for x, scale in zip(flat, scales)]
     names = [f"{n}.{word}" for n in range(len(held)) for word in ("key", "value")]
     positions = ["position_ids"] if module.positions else []
-    sizes: list[tuple[str | None, ...]] = [(BATCH, LENGTH), (BATCH, TOTAL), *([(BATCH, LENGTH)] if positions else [])]
-    sizes += [(BATCH, None, PAST, None)] * len(names)
+    sizes: list[tuple[str | None, ...]] = [(BATCH, LENGTH), (BATCH, COVERED if buffered else TOTAL)]
+    sizes += [(BATCH, LENGTH)] * len(positions)
+    sizes += [(BATCH, None, CAPACITY if buffered else PAST, None)] * len(names)
     return DecoderCall(
         module,
         ("input_ids", "attention_mask", *positions, *(f"past_key_values.{name}" for name in names)),

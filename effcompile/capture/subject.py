@@ -74,22 +74,30 @@ def subject(
     format: CacheFormat | None = None,
     own: bool = True,
     part: str = "",
+    buffers: bool = False,
 ) -> Subject:
     """Return what to export: a decoder of transformers with its cache unless `cache` is False or the call is without one.
 
     With a `format` the cache holds codes; `own` says that a call reads its own tokens as they are. `part` names one of the two
-    graphs of an encoder-decoder with its caches.
+    graphs of an encoder-decoder with its caches. `buffers` asks for a cache of a fixed capacity.
 
     Raises:
         EffError: EFF-E117 where `cache` is asked for and the model has none, EFF-E118 for a format without a form in ONNX,
             EFF-E176 for a part that the model does not have.
     """
+    if buffers and not is_decoder(model):
+        raise EffError("EFF-E117", f"{type(model).__name__} is no decoder with a cache", hint="leave --buffers out")
     if part or (cache and is_seq2seq(model)):
         if format is not None:
             raise EffError("EFF-E118", "a format is for decoders alone", hint="leave --kv out")
         return _part(model, kwargs, part, dynamic)
-    if cache or format is not None or (cache is None and dynamic and is_decoder(model) and _asks(args, kwargs)):
-        call = cached_decoder(model, format, own=own)
+    if (
+        cache
+        or buffers
+        or format is not None
+        or (cache is None and dynamic and is_decoder(model) and _asks(args, kwargs))
+    ):
+        call = cached_decoder(model, format, own=own, buffered=buffers)
         batch, length, past = POINTS[0]
         shapes = tuple({d: torch.export.Dim.AUTO for d, name in enumerate(row) if name} for row in call.sizes)
         return Subject(

@@ -27,6 +27,9 @@ Cache = Annotated[
         "--cache/--no-cache", help="Take and return keys and values of a transformers decoder.", show_default="auto"
     ),
 ]
+Buffers = Annotated[
+    bool, typer.Option("--buffers", help="Let the cache be buffers of a capacity, which calls write into.")
+]
 PartName = Annotated[str, typer.Option("--part", help="encoder or decoder of an encoder-decoder, with its caches.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan to follow, as eff plan wrote it.")]
 Static = Annotated[bool, typer.Option("--static", help="Fix every size to the given call's.")]
@@ -50,6 +53,7 @@ def export(
     plan: PlanFile = None,
     flavor: Flavor = "portable",
     cache: Cache = None,
+    buffers: Buffers = False,
     part: PartName = "",
     static: Static = False,
     allow_dropped: Dropped = False,
@@ -86,6 +90,7 @@ def export(
             profile=profile,
             flavor=flavor,
             cache=cache,
+            buffers=buffers,
             part=part,
             tokenizer=loaded.tokenizer,
             dynamic=not static,

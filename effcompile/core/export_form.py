@@ -43,7 +43,8 @@ class Placement:
     is, where the domain is ours. `reference` computes what the operator gives from the inputs that are not None; `sample` gives
     such inputs, by default random ones of the shapes that were traced. Where the operator gives other tensors than the graph has,
     `values` are fake ones of them, and `finish` makes the nodes that take the place of `outputs`. An output that nothing reads is
-    None. `inside` are the nodes that nothing but `outputs` reads.
+    None. `inside` are the nodes that nothing but `outputs` reads. `shared` has pairs of places of an input and an output that are
+    one piece of memory when a file runs, and when the operator is tried.
     """
 
     form: str
@@ -57,6 +58,7 @@ class Placement:
     values: tuple[Tensor, ...] = ()
     finish: Callable[[Editor, Sequence[fx.Node]], Sequence[fx.Node]] | None = None
     inside: tuple[fx.Node, ...] = ()
+    shared: tuple[tuple[int, int], ...] = ()
     site: str = ""
 
 

@@ -242,6 +242,14 @@ class Editor:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 
+    def prune(self) -> None:
+        """Remove what nobody reads, and forget the sizes and shared nodes that were among it."""
+        self.graph.eliminate_dead_code(is_impure_node=impure)
+        alive = set(self.graph.nodes)
+        for known in (self._sizes, self._shared):
+            for key in [key for key, node in known.items() if node not in alive]:
+                del known[key]
+
     def finish(self) -> fx.GraphModule:
         """Remove what nobody reads, check the graph, and return the module."""
         self.graph.eliminate_dead_code(is_impure_node=impure)

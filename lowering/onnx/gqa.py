@@ -1,6 +1,7 @@
 """GroupQueryAttention of ONNX Runtime: attention with its cache in one operator, also over a cache in 8 or 4 bits.
 
-It takes the new keys and values and those of before, appends and attends, so that no repeated heads exist. It is causal where the
+It takes the new keys and values and those of before, appends and attends, so that no repeated heads exist. Into a cache that is a
+buffer it writes. It is causal where the
 site has become causal without a mask; else the mask is added to the scores, whatever it keeps. The operator wants one sequence at
 a time where several tokens come behind a cache: a prompt in pieces.
 """
@@ -101,6 +102,8 @@ class GroupQuery(OnnxForm):
             values=tuple(values),
             finish=finish,
             inside=whole.inside,
+            # What lies behind the tokens of a buffer stays only where the memory is the same.
+            shared=((3, 1), (4, 2)) if cached and joined[0].target == _ATEN.slice_scatter.default else (),
             site=site.id,
         )
 
@@ -180,8 +183,15 @@ def _symbols(batch: Any, *past: fx.Node) -> set[Any]:
 def _cached(x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None] | None:
     """Return (all, before, new, scales or None) of keys that are those of before and new ones, as floats or as codes.
 
-    What lies between codes and numbers is only followed here; the piece of the graph is run to see what it means.
+    What lies between codes and numbers is only followed here; the piece of the graph is run to see what it means. Of a buffer
+    attention reads the part that has tokens.
     """
+    written = x.args[0] if x.target == _ATEN.slice.Tensor else None
+    if isinstance(written, fx.Node) and written.target == _ATEN.slice_scatter.default:
+        held, new = written.args[:2]
+        if isinstance(held, fx.Node) and isinstance(new, fx.Node) and held.op == "placeholder":
+            return written, held, new, None
+        return None
     joined, scale = (x, None) if x.target == _ATEN.cat.default else _numbers(x)
     if joined is None or joined.target != _ATEN.cat.default:
         return None

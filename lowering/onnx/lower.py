@@ -14,9 +14,11 @@ from effcompile.core.errors import RewriteError
 from effcompile.core.export_form import OWN, Dialect, OnnxForm, Placement, Sites
 from effcompile.core.mask import Mask
 from effcompile.core.program import Entry, Input, Program
-from effcompile.core.rewrite import VALUE, Editor, copy_graph, impure
+from effcompile.core.rewrite import VALUE, Editor, copy_graph
 from effcompile.core.site import Refusal
 from effcompile.lowering.onnx.attention import open_attention
+from effcompile.lowering.onnx.complex_numbers import open_complex
+from effcompile.lowering.onnx.tensor_scatter import open_writes
 
 ATTENTION = 23
 """The first opset with an operator for attention."""
@@ -67,7 +69,9 @@ def lower_onnx(program: Program, dialect: Dialect, forms: Sequence[OnnxForm], pr
                     other = form.instead(placement, edit)
                 if other is not None:
                     edit.replace(node, other)
-            edit.graph.eliminate_dead_code(is_impure_node=impure)
+            edit.prune()
+        open_writes(edit)
+        open_complex(edit)
         if dialect.opset < ATTENTION:
             open_attention(edit)
         program = program.with_graph(_with_constants(edit, entry), edit.finish())
@@ -85,7 +89,7 @@ def _tell_values(edit: Editor, entry: Entry) -> None:
 
 def _with_constants(edit: Editor, entry: Entry) -> Entry:
     """Return the entry with the inputs that forms added."""
-    edit.graph.eliminate_dead_code(is_impure_node=impure)
+    edit.prune()
     made, given = edit.constants(), {item.node: item for item in entry.inputs}
     names = [node.name for node in edit.graph.nodes if node.op == "placeholder"]
     return replace(entry, inputs=tuple(given.get(name) or Input(name, "packed", name, made[name]) for name in names))

@@ -16,6 +16,7 @@ from effcompile.codegen.emitters.tensorrt_rtx import TensorRtRtx
 from effcompile.core.bundle import read_artifact
 from effcompile.core.errors import EffError
 from tests.cli.command import run
+from tests.integrations.test_prepare import llama
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -78,6 +79,18 @@ def test_the_same_bytes_again(name: str, tmp_path: Path) -> None:
         made = eff.export(model, args, to="tensorrt-rtx", target="sm_86,sm_89,sm_120", out=tmp_path / place)
         files.append({file: entry.sha256 for file, entry in made.files})
     assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_decoder_with_its_cache(buffers: bool, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = llama(num_hidden_layers=1)
+    made = eff.export(model, to="tensorrt-rtx", target="sm_86,sm_120", out=tmp_path / "a", cache=True, buffers=buffers)
+    low, _, high = map(json.loads, dict(made.details)["sizes of attention_mask"].split(" to "))
+    assert low == [1, 2]  # a token behind another
+    assert high == [8, 4 * (5 + 4)]
+    assert "engines/sm_86+sm_120.engine" in dict(made.files)
 
 
 @pytest.mark.parametrize(
