@@ -81,7 +81,8 @@ class Layer(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("normed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("normed", [True, False])
 def test_a_layer_of_transformers(normed: bool, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from transformers import DeepseekV3Config
