@@ -1,13 +1,13 @@
 """Follow the rows of a padded batch through an encoder: from where they begin to where nobody reads a padded one any more.
 
-The region starts at the activation that all attentions over one padding derive from. Every value in it is computed row by row,
-until it is multiplied by a mask that is 0 on padded rows, until only row 0 (a CLS head) is taken, or until it is a key or value of
-a cross attention that hides the same rows. Anything else, a returned hidden state above all, is a refusal by name.
+The region starts at the activation that all attentions over one padding derive from. Every value in it is computed row by row, as
+the rules of `token_axis.py` say, until it is multiplied by a mask that is 0 on padded rows, until only row 0 (a CLS head) is taken,
+or until it is a key or value of a cross attention that hides the same rows. Anything else, a returned hidden state above all, is a
+refusal by name.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +22,10 @@ from effcompile.core.rewrite import Editor
 from effcompile.core.site import Refusal
 from effcompile.passes.recognize.element_rules import rules
 from effcompile.passes.recognize.elements import Reader, Unreadable, op_name
+from effcompile.passes.recognize.sublayers import nearest_linears
+from effcompile.passes.recognize.token_axis import POINTWISE, VIEWS, Axis, Follower, Place, Reads, rank
 
-_ARITHMETIC = ("add", "sub", "mul", "div", "pow", "sqrt", "rsqrt", "neg", "abs", "exp", "clamp", "to", "erf", "square")
-_ACTIVATIONS = ("tanh", "sigmoid", "relu", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "mish")
-POINTWISE = frozenset((*_ARITHMETIC, *_ACTIVATIONS))
-_LAST_DIM = frozenset(("linear", "layer_norm", "rms_norm", "softmax", "mean", "sum", "var"))
-SHAPES = ("view", "reshape", "_unsafe_view", "contiguous", "clone")
+_ROWS, _HEADS = Axis(Place(1), Place(0)), Axis(Place(2), Place(0))
 
 
 class RowsRefused(Exception):
@@ -41,8 +39,9 @@ class RowsRefused(Exception):
 class PaddedRegion:
     """Hold what is known while rows are followed through the graph.
 
-    `batch` sequences of `length` rows; `kept` is the key-padding condition over the tensor `source`. `exits` are the operations
-    behind which nothing is row by row, `heads` values `[B, H, S, D]`; `first_row`: row 0 is read even where it is padding.
+    `batch` sequences of `length` rows; `kept` is the key-padding condition over the tensor `source`. `axis` says where rows and
+    sequences lie in each value of the region, `exits` are the operations behind which nothing is row by row; `first_row`: row 0 is
+    read even where it is padding.
     """
 
     edit: Editor
@@ -50,7 +49,7 @@ class PaddedRegion:
     length: Any
     kept: Expr
     source: fx.Node
-    heads: set[fx.Node] = field(default_factory=set)
+    axis: dict[fx.Node, Axis] = field(default_factory=dict)
     exits: list[fx.Node] = field(default_factory=list)
     first_row: bool = False
 
@@ -114,64 +113,54 @@ def _at(part: Expr, slot: int) -> Expr:
     return substitute(part, load, Expr("load", load.args, slot, load.dtype))
 
 
-def _upstream(node: fx.Node) -> fx.Node | None:
-    """Return the token activation `[B, S, D]` that a query, key or value is projected from."""
-    while op_name(node) in ("transpose", "permute", *SHAPES, "linear", "add", "mul") and isinstance(
-        node.args[0], fx.Node
-    ):
-        done = op_name(node) == "linear"
-        node = node.args[0]
-        if done:
-            return node
-    return None
-
-
 def common_start(calls: Sequence[AttentionCall]) -> fx.Node:
-    """Return the activation that the first attention's queries, keys and values are projections of."""
-    starts = {_upstream(x) for x in (calls[0].q, calls[0].k, calls[0].v)}
-    if len(starts) != 1 or None in starts:
+    """Return the activation `[B, S, D]` that the first attention's queries, keys and values are projections of."""
+    starts = {_rows_of(linear.args[0]) for linear in nearest_linears((calls[0].q, calls[0].k, calls[0].v))}  # type: ignore[arg-type]
+    start = next(iter(starts)) if len(starts) == 1 else None
+    if start is None:
         raise RowsRefused("EFF-A403", "query, key and value of the first layer are not projections of one activation")
-    start = next(iter(starts))
-    assert start is not None
     return start
+
+
+def _rows_of(node: fx.Node) -> fx.Node | None:
+    """Return what a view merges to rows `[B * S, D]`, or the activation itself."""
+    while rank(node) != 3 and op_name(node) in VIEWS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node if rank(node) == 3 else None
 
 
 def plan_rows(region: PaddedRegion, start: fx.Node, calls: Sequence[AttentionCall]) -> list[fx.Node]:
     """Return every node computed from `start` up to the exits, in order; raise where a padded row may be read."""
-    inside: set[fx.Node] = {start}
+    rules, axis = Follower(region.length, region.batch), region.axis
+    axis[start] = _ROWS
     ordered: list[fx.Node] = []
     sites = {call.node for call in calls}
     for node in region.edit.graph.nodes:
-        if node is start or not any(arg in inside for arg in node.all_input_nodes):
+        known = {arg: axis[arg] for arg in node.all_input_nodes if arg in axis}
+        if node is start or not known:
             continue
         if node.op == "output":
             raise RowsRefused("EFF-A401", "padded rows are returned by the graph", "pool inside the compiled module")
         if node in sites:
             call = AttentionCall.of(node)
-            if not all(x in inside for x in (call.q, call.k, call.v)):
+            if any(axis.get(x) != _HEADS for x in (call.q, call.k, call.v)):
                 raise RowsRefused("EFF-A403", "a site reads keys from elsewhere")
-            region.heads.add(node)
+            axis[node] = _HEADS
         elif node.target is torch.ops.eff.attention_v1.default:
-            _check_reader(region, node, inside)
+            _check_reader(region, node)
             region.exits.append(node)
             continue
-        elif _reads_first_row(node):
+        elif _reads_first_row(region, node):
             region.first_row = True
             region.exits.append(node)
             continue
-        elif _is_zeroed(region, node, inside):
+        elif _is_zeroed(region, node):
             region.exits.append(node)
             continue
-        elif not _row_by_row(region, node, inside):
-            source = str(node.meta.get("eff.source", ""))
-            raise RowsRefused(
-                "EFF-A401", f"`{op_name(node) or node.name}` {source} may read padded rows", "pool with the mask"
-            )
-        elif _is_heads(region, node):
-            region.heads.add(node)
-        inside.add(node)
+        else:
+            axis[node] = _followed(rules, node, known)
         ordered.append(node)
-    if not sites <= inside:
+    if not sites <= axis.keys():
         raise RowsRefused("EFF-A403", "some sites do not derive from the first activation")
     if not region.exits:
         raise RowsRefused("EFF-A403", "nothing leaves the encoder")
@@ -180,10 +169,31 @@ def plan_rows(region: PaddedRegion, start: fx.Node, calls: Sequence[AttentionCal
     return ordered
 
 
-def _check_reader(region: PaddedRegion, node: fx.Node, inside: set[fx.Node]) -> None:
+def _followed(rules: Follower, node: fx.Node, known: dict[fx.Node, Axis]) -> Axis:
+    """Return the axis of a node that works row by row, and whose rows can stand in front; raise for any other."""
+    try:
+        axis, _ = rules.follow(node, known)
+        if axis is None:
+            raise Reads("it asks for a size")
+        merged = axis.tokens.dim == axis.batch.dim
+        if not (axis.tokens.alone and axis.batch.alone) and not (
+            merged and axis.tokens.after == 1 == axis.batch.before
+        ):
+            raise Reads("it merges rows with something else")
+        spreads = op_name(node) == "expand" or op_name(node) in POINTWISE
+        if spreads and any(rank(arg) != rank(node) for arg in known):
+            raise Reads("it repeats all rows")
+    except Reads as why:
+        source = str(node.meta.get("eff.source", ""))
+        reason = f"`{op_name(node) or node.name}` {source} may read padded rows: {why}"
+        raise RowsRefused("EFF-A401", reason, "pool with the mask") from None
+    return axis
+
+
+def _check_reader(region: PaddedRegion, node: fx.Node) -> None:
     """Raise unless an attention with another mask takes keys and values alone from the region, and hides those that are padding."""
     call, site = AttentionCall.of(node), str(node.meta.get("eff.site", "attention"))
-    if any(arg in inside for arg in node.all_input_nodes if arg not in (call.k, call.v)):
+    if any(arg in region.axis for arg in node.all_input_nodes if arg not in (call.k, call.v)):
         raise RowsRefused("EFF-A402", f"the mask of `{site}` differs from that of the sites before")
     if not _hides(call, region):
         raise RowsRefused("EFF-A401", f"`{site}` may read padded keys", "give it the mask of the encoder")
@@ -191,23 +201,24 @@ def _check_reader(region: PaddedRegion, node: fx.Node, inside: set[fx.Node]) -> 
         raise RowsRefused("EFF-A402", f"`{site}` averages over padded values where a sequence is all padding")
 
 
-def _is_heads(region: PaddedRegion, node: fx.Node) -> bool:
-    """Tell whether a row-by-row node holds heads in front of rows, `[B, H, S, D]`."""
-    before = any(arg in region.heads for arg in node.all_input_nodes)
-    return before != (op_name(node) in ("transpose", "permute"))
+def _reads_first_row(region: PaddedRegion, node: fx.Node) -> bool:
+    """Tell whether a node picks row 0 of each sequence."""
+    if op_name(node) not in ("select", "slice") or node.args[0] not in region.axis or len(node.args) < 3:
+        return False
+    axis = region.axis[node.args[0]]  # type: ignore[index]
+    if not axis.tokens.alone or int(node.args[1]) % rank(node.args[0]) != axis.tokens.dim:  # type: ignore[arg-type]
+        return False
+    return node.args[2] == 0 if op_name(node) == "select" else tuple(node.args[2:]) in ((0, 1), (0, 1, 1))
 
 
-def _reads_first_row(node: fx.Node) -> bool:
-    return op_name(node) == "select" and node.args[1] == 1 and node.args[2] == 0
-
-
-def _is_zeroed(region: PaddedRegion, node: fx.Node, inside: set[fx.Node]) -> bool:
+def _is_zeroed(region: PaddedRegion, node: fx.Node) -> bool:
     """Tell whether `node` multiplies a token activation by something that is 0 on every padded row."""
     if op_name(node) != "mul":
         return False
+    inside = region.axis
     mine = [arg for arg in node.args if arg in inside]
     other = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in inside]
-    if len(mine) != 1 or len(other) != 1:
+    if len(mine) != 1 or len(other) != 1 or inside[mine[0]] != _ROWS or rank(node) != 3:  # type: ignore[index]
         return False
     reader = Reader(region.edit.graph, rules())
     value = other[0].meta["val"]
@@ -225,76 +236,3 @@ def _is_zeroed(region: PaddedRegion, node: fx.Node, inside: set[fx.Node]) -> boo
             if result.is_const and result.value == 0:
                 return True
     return False
-
-
-def _tokens(region: PaddedRegion, node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dim() >= 3
-        and str(value.shape[0]) == str(region.batch)
-        and str(value.shape[1]) == str(region.length)
-    )
-
-
-def _row_by_row(region: PaddedRegion, node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Tell whether each row of the result depends on the same row of the operands alone."""
-    name = op_name(node)
-    if node.target is operator.getitem:
-        return True
-    if name in ("transpose", "permute"):
-        return _to_heads(node) or _from_heads(node)
-    if not _tokens(region, node) and name not in ("split", "chunk", "unbind"):
-        return name in SHAPES and name in ("contiguous", "clone")
-    if name in POINTWISE:
-        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return all(arg in inside or _fits_rows(region, arg, node) for arg in operands)
-    if name == "layer_norm":
-        return len(node.args[1]) <= node.meta["val"].dim() - 2  # type: ignore[arg-type]
-    if name in _LAST_DIM:
-        return _last_dim_only(node, name)
-    if name in SHAPES:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and _tokens(region, source)
-    if name == "split":
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        dim = node.args[2] if len(node.args) > 2 else 0
-        return isinstance(dim, int) and dim % source.meta["val"].dim() >= 2
-    return False
-
-
-def _last_dim_only(node: fx.Node, name: str) -> bool:
-    if name in ("linear", "rms_norm"):
-        return True
-    dims = node.args[1] if len(node.args) > 1 else None
-    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    listed = [dims] if isinstance(dims, int) else dims
-    keep = name == "softmax" or (len(node.args) > 2 and node.args[2] is True)
-    return isinstance(listed, list | tuple) and keep and all(int(d) % rank == rank - 1 for d in listed)  # type: ignore[call-overload]
-
-
-def _to_heads(node: fx.Node) -> bool:
-    """[B, S, H, D] -> [B, H, S, D]"""
-    return node.meta["val"].dim() == 4 and (_dims(node) == [0, 2, 1, 3])
-
-
-_from_heads = _to_heads
-
-
-def _dims(node: fx.Node) -> list[int]:
-    rank = node.meta["val"].dim()
-    if op_name(node) == "permute":
-        return [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    order = list(range(rank))
-    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def _fits_rows(region: PaddedRegion, arg: fx.Node, node: fx.Node) -> bool:
-    """Tell whether an operand from outside is the same for every row, or can be packed with the rows."""
-    value = arg.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return True
-    return value.dim() <= node.meta["val"].dim() - 2 or value.dim() == node.meta["val"].dim()

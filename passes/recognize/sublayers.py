@@ -40,12 +40,9 @@ class Sublayer:
 
 def recognize_sublayers(
     program: Program, sites: Sequence[AttentionSite]
-) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]], dict[str, Refusal]]:
-    """Return each site that has a sub-layer, the operations that use a token's position, and whether keys are returned.
-
-    Beside them: why other sites have none.
-    """
-    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]] = []
+) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool, int]], dict[str, Refusal]]:
+    """Return each site that has a sub-layer as `recognize_tokens` returns streams, and why other sites have none."""
+    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool, int]] = []
     refusals: dict[str, Refusal] = {}
     for entry in program.entries:
         mine = {site.id: site for site in sites if site.entry == entry.name}
@@ -57,7 +54,7 @@ def recognize_sublayers(
             if isinstance(result, Refusal):
                 refusals[site.id] = result
             else:
-                found.append(((site,), result.positions, False))
+                found.append(((site,), result.positions, False, 0))
     return found, refusals
 
 
@@ -71,15 +68,15 @@ def sublayer_of(node: fx.Node) -> Sublayer | Refusal:
         return Refusal(
             "EFF-R102", f"the number of tokens is the symbol {tokens}", "torch.compile(model, dynamic=False)"
         )
-    starts = _projected((call.q, call.k, call.v))
+    starts = {linear.args[0] for linear in nearest_linears((call.q, call.k, call.v))}
     start = next(iter(starts)) if len(starts) == 1 else None
-    if start is None or start.meta["val"].dim() != 3 or start.meta["val"].shape[1] != tokens:
+    if not isinstance(start, fx.Node) or start.meta["val"].dim() != 3 or start.meta["val"].shape[1] != tokens:
         return Refusal("EFF-R114", "queries, keys and values are not projections of one activation [B, N, C]")
     return _followed(start, node, call)
 
 
-def _projected(operands: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return the activations that the nearest linear layers behind some values read."""
+def nearest_linears(operands: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the nearest linear layers behind some values, all that they derive from on the way."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     waiting = list(operands)
@@ -89,7 +86,7 @@ def _projected(operands: Sequence[fx.Node]) -> set[fx.Node]:
             continue
         seen.add(node)
         if op_name(node) == "linear":
-            found.add(node.args[0])  # type: ignore[arg-type]
+            found.add(node)
         else:
             waiting.extend(node.all_input_nodes)
     return found

@@ -1,5 +1,7 @@
 """Follow the token axis through an operation: which dimension of its result belongs to tokens, and to sequences of a batch.
 
+Nothing here knows what a token is: heads are followed by the same rules (`head_axis.py`).
+
 One rule an operation, like the batching rules of `vmap`. An operation is *row by row* where each token of its result depends on the
 same token of its operands alone; it then runs on fewer tokens as it is. Whatever has no rule, mixes tokens, or picks some of
 them *reads* tokens: that is no error, but it needs every token.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -97,7 +99,7 @@ class Follower:
     A side operand does not come from the stream and has an element for every token: positions, rotations, an older state.
     """
 
-    tokens: int
+    tokens: Any
     batch: Any
 
     def follow(self, node: fx.Node, known: dict[fx.Node, Axis]) -> tuple[Axis | None, dict[fx.Node, Axis]]:
@@ -272,9 +274,22 @@ class Follower:
     def _cut(self, node: fx.Node, source: fx.Node, axis: Axis) -> Axis:
         place = 1 if op_name(node) == "slice" else 2
         dim = int(node.args[place]) % rank(source) if len(node.args) > place else 0  # type: ignore[arg-type]
+        if dim == axis.tokens.dim != axis.batch.dim and axis.tokens.before != 1:
+            return replace(axis, tokens=self._cut_between(node, source, axis.tokens))
         if dim in (axis.tokens.dim, axis.batch.dim):
             raise Reads("it picks some of the tokens")
         return axis
+
+    def _cut_between(self, node: fx.Node, source: fx.Node, place: Place) -> Place:
+        """Return where the axis lies in equal pieces of a merged dimension, each of which has all of it."""
+        value, block = node.meta["val"], self.tokens * place.after
+        sizes = {part.shape[place.dim] for part in (value if isinstance(value, list | tuple) else (value,))}
+        starts_whole = op_name(node) != "slice" or (
+            _whole(node.args[2] if len(node.args) > 2 else 0, block) and (len(node.args) < 5 or node.args[4] == 1)
+        )
+        if len(sizes) != 1 or not starts_whole or not _whole(next(iter(sizes)), block):
+            raise Reads("it cuts between tokens")
+        return replace(place, before=next(iter(sizes)) // block)
 
     def _expanded(self, node: fx.Node, source: fx.Node, axis: Axis) -> Axis:
         by = rank(node) - rank(source)
@@ -298,6 +313,11 @@ _RULES: dict[str, Callable[[Follower, fx.Node, fx.Node, Axis], Axis]] = {
     **dict.fromkeys(("slice", "split", "split_with_sizes", "chunk"), Follower._cut),
     "expand": Follower._expanded,
 }
+
+
+def _whole(size: Any, block: Any) -> bool:
+    """Tell whether a number is a multiple of another; sizes that are symbols are not known to be."""
+    return isinstance(size, int) and isinstance(block, int) and size % block == 0
 
 
 def _from_behind(axis: Axis, by: int) -> Axis:

@@ -175,6 +175,51 @@ def test_another_mask_in_one_layer_is_refused():
         torch.testing.assert_close(result, model(ids, padding), rtol=1e-5, atol=1e-5)
 
 
+class FlatLayer(Layer):
+    """Work on rows `[B * S, C]`, norm and scale each head, and turn dimensions that are not rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.per_head = nn.Parameter(torch.rand(4, 1, 1) + 0.5), nn.LayerNorm(8)
+        self.gate = nn.Linear(32, 4)
+
+    def forward(self, x, mask):
+        batch, length, width = x.shape
+        rows = x.reshape(-1, width)
+        parts = [project(rows).view(batch, length, 4, 8).permute(0, 2, 1, 3) for project in self.qkv]
+        q, k = (self.per_head(part) * self.gain for part in parts[:2])
+        y = F.scaled_dot_product_attention(q, k, parts[2], attn_mask=mask)
+        y = (y * self.gate(x).transpose(1, 2).unsqueeze(-1).sigmoid()).transpose(1, 2)
+        y = torch.cat([y[..., 4:], y[..., :4]], -1).transpose(-1, -2).transpose(-2, -1)
+        x = self.norm1(x + self.out(y.reshape(batch * length, width)).view(batch, length, width))
+        a, b = self.up(x).view(batch, length, 2, 64).unbind(2)
+        return self.norm2(x + self.down(torch.stack([a.softmax(-1), b - b.amax(-1, keepdim=True)], 2).flatten(2)))
+
+
+@pytest.mark.parametrize("read", ["mean", "first"])
+def test_rows_are_followed_through_any_layout(read):
+    """Every operation that the rules of the token axis know runs on packed rows: the same rules as for token policies."""
+    model = model_for(read)
+    torch.manual_seed(1)
+    model.layers = nn.ModuleList(FlatLayer() for _ in range(2)).eval()
+    ids, padding = torch.randint(0, 50, (4, 24)), paddings("right", 4, 24)
+    result, _ = run(model, ids, padding)
+    assert "dropped around 2" in notes(), notes()
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(ids, padding), rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_may_differ_as_they_like():
+    model, lengths = model_for("mean"), torch.tensor([64, 1, 2, 63, 1, 1, 17, 40])
+    ids, padding = torch.randint(0, 50, (8, 64)), (torch.arange(64)[None] < lengths[:, None]).long()
+    result, fast = run(model, ids, padding)
+    assert "dropped around 2" in notes()
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(ids, padding), rtol=1e-5, atol=1e-5)
+        order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+        torch.testing.assert_close(fast(ids[order], padding[order]), result[order], rtol=1e-5, atol=1e-5)
+
+
 class Decoder(nn.Module):
     """Read a padded encoder's tokens by cross attention; `mode` says what is wrong with its mask, if anything."""
 
