@@ -37,6 +37,7 @@ from effcompile.passes.attention.rewrite import rewrite_attention
 from effcompile.passes.recognize.attention import Recognized, recognize_attention
 from effcompile.passes.recognize.expert_loops import loop_behind
 from effcompile.passes.recognize.experts import RecognizedExperts, recognize_experts
+from effcompile.passes.recognize.head_axis import uncuttable
 from effcompile.passes.recognize.kv_buffers import find_buffers
 from effcompile.passes.recognize.kv_cache import recognize_caches
 from effcompile.passes.recognize.sublayers import recognize_sublayers
@@ -239,9 +240,14 @@ def _plan_tokens(
     part = None if given is None else given.part(known, training)
     if asked is None and (part is None or all(choice.family != TOKENS for choice in part.choices)):
         return planning_tokens.TokenPlan(found.sites, {})
-    around = planning_tokens.works_around(asked, part, all_tokens())
-    streams, refusals = (recognize_sublayers if around else recognize_tokens)(program, found.sites)
-    held = [planning_tokens.StreamSites(*stream) for stream in streams]
+    policy = planning_tokens.policy_of(asked, part, all_tokens())
+    assert policy is not None
+    streams, refusals = (recognize_sublayers if policy.around else recognize_tokens)(program, found.sites)
+    cuts = policy.heads < 1
+    held = [
+        planning_tokens.StreamSites(*stream, heads=uncuttable(program, stream[0]) if cuts else None)
+        for stream in streams
+    ]
     if asked is None:
         return planning_tokens.replay_tokens(part, found.sites, held, training, narrowed, all_tokens())
     return planning_tokens.plan_tokens(asked, found.sites, held, refusals, training, narrowed)
@@ -252,9 +258,17 @@ def _refusal(item: Pass, options: Options, training: bool, target: Target) -> Re
         return Refusal("EFF-U010", "disabled by the user")
     if target.portable and not item.portable:
         return Refusal("EFF-A215", f"{target.backend} does not hold what it inserts")
+    if not item.beside_tokens and _asks_for_tokens(options):
+        return Refusal("EFF-U010", "left out beside a token policy")
     if training and not item.differentiable:
         return Refusal("EFF-A301", "no gradient flows through what it inserts", "run inference under torch.no_grad()")
     return None
+
+
+def _asks_for_tokens(options: Options) -> bool:
+    """Tell whether the options, or the plan that they hold, name a token policy."""
+    plans = () if options.plan is None else options.plan.choices
+    return TOKENS in dict(options.families) or any(choice.family == TOKENS for choice in plans)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from effcompile.core.site import Refusal
 from effcompile.ops.tokens import rows
 from effcompile.passes.recognize.elements import is_write, op_name
 from effcompile.passes.recognize.token_axis import Axis, Follower, Place, Reads, rank
-from effcompile.passes.tokens.remake import remade
+from effcompile.passes.tokens.remake import Cut, remade
 
 aten = torch.ops.aten
 _ROWS, _HEADS = Axis(Place(1), Place(0)), Axis(Place(2), Place(0))
@@ -222,7 +222,8 @@ class _Pruned:
             return self.made[arg] if arg in self.region.axis else self._take(arg, sides[arg]) if arg in sides else arg
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), moved)
-        return remade(self.edit, node, args, kwargs, self.region.axis[node], self.count)
+        cuts = Cut.of(self.region.axis[node], int(self.region.x.meta["val"].shape[1]), self.count)
+        return remade(self.edit, node, args, kwargs, cuts)
 
     def _attention(self, node: fx.Node) -> fx.Node:
         edit, (q, k, v) = self.edit, node.args[:3]

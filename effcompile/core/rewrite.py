@@ -41,7 +41,8 @@ class Pass(ABC):
     """Rewrite a program mechanically, as the plan says.
 
     `phase` is raised (sees `eff::` dense ops) or lowered (sees ATen and kernels); `after` names passes that must have run;
-    `differentiable` says that gradients flow through what it inserts, `portable` that it inserts standard operators alone.
+    `differentiable` says that gradients flow through what it inserts, `portable` that it inserts standard operators alone;
+    `beside_tokens` is False where a policy of the family `tokens` could no longer follow the tokens behind it.
     """
 
     name: ClassVar[str]
@@ -50,6 +51,7 @@ class Pass(ABC):
     differentiable: ClassVar[bool] = False
     default: ClassVar[bool] = True
     portable: ClassVar[bool] = False
+    beside_tokens: ClassVar[bool] = True
 
     @abstractmethod
     def run(self, program: Program, plan: Plan) -> PassResult:

@@ -62,6 +62,9 @@ def spell(name: str, value: object) -> str:
         current = getattr(value, field.name)
         if field.default is not dataclasses.MISSING and current == field.default:
             continue
-        shown = list(current) if isinstance(current, tuple) else current
-        parts.append(f"{field.name}={shown}")
+        parts.append(f"{field.name}={_listed(current)}")
     return name + ("{" + ",".join(parts) + "}" if parts else "")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value

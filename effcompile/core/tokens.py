@@ -73,7 +73,8 @@ class TokenReduction(Method):
 
     `merges` says that tokens are merged and not dropped, `placed` that every token has a position of its own, `watches` that
     `observe` wants to see also attentions behind which nothing is dropped. With `around` each attention stands alone: its sub-layer
-    runs on `left` tokens, and all of them get its result.
+    runs on `left` tokens, and all of them get its result. A policy with a field `heads` below 1 leaves fewer key heads as well,
+    `heads_left` of them behind one attention (0: the policy's own schedule).
     """
 
     family: ClassVar[str] = FAMILY
@@ -85,10 +86,16 @@ class TokenReduction(Method):
     pinned: Pins
     left: int
     cache: bool = False
+    heads: float = 1.0
+    heads_left: int = 0
 
     @abstractmethod
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
         """Return how many of `tokens` are left behind each attention of a stream; never more than before it."""
+
+    def head_counts(self, heads: int, attentions: int) -> tuple[int, ...]:
+        """Return how many of `heads` key heads are left behind each attention of a stream; never more than before it."""
+        return (heads,) * attentions
 
     def most(self, tokens: int) -> int:
         """Return how many of `tokens` can go behind one attention."""
@@ -105,9 +112,17 @@ class TokenReduction(Method):
     def choose(self, step: Step) -> Kept:
         """Insert what chooses `step.left` of `step.tokens` tokens."""
 
-    def settled(self, left: int) -> TokenReduction:
-        """Return the policy as a plan names it behind one attention."""
-        return replace(self, left=left)  # type: ignore[type-var]
+    def settled(self, left: int, heads_left: int = 0) -> TokenReduction:
+        """Return the policy as a plan names it behind one attention; `heads_left` is 0 where the policy leaves heads alone."""
+        return replace(self, left=left, **({"heads_left": heads_left} if heads_left else {}))  # type: ignore[type-var]
+
+    def holding(self, prefix: int) -> TokenReduction:
+        """Return the policy with the first `prefix` tokens pinned too; a single one, a class token, is the user's to pin or not."""
+        if prefix < 2:
+            return self
+        within = [n for n in self.pinned if (n if isinstance(n, int) else n[1] - 1) < prefix]
+        beyond = [n for n in self.pinned if n not in within or (n if isinstance(n, int) else n[0]) < 0]
+        return replace(self, pinned=((0, prefix), *beyond))  # type: ignore[type-var]
 
     def pins(self, tokens: int) -> int:
         """Return how many of `tokens` are pinned.
@@ -173,5 +188,5 @@ def spans(pinned: Pins) -> tuple[tuple[int, int], ...]:
 
 
 def behind(number: int, counts: Sequence[int], tokens: int) -> int:
-    """Return how many tokens reach attention `number` of a stream."""
+    """Return how many tokens, or heads, reach attention `number` of a stream."""
     return tokens if number == 0 else counts[number - 1]

@@ -16,11 +16,17 @@ from effcompile.core.tokens import FAMILY, SCHEDULED, TokenReduction, behind
 
 @dataclass(frozen=True)
 class StreamSites:
-    """Hold the sites of one stream in order, the operations that use a token's position, and whether keys are returned."""
+    """Hold the sites of one stream in order, the operations that use a token's position, and whether keys are returned.
+
+    `prefix` counts tokens in front that are the same for every input. `heads` says why heads cannot be cut, None where they can or
+    where nobody asked.
+    """
 
     sites: tuple[AttentionSite, ...]
     positions: tuple[str, ...] = ()
     returned: bool = False
+    prefix: int = 0
+    heads: Refusal | None = None
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,31 @@ class TokenPlan:
     declined: tuple[Decline, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """Hold how many tokens and key heads are left behind each attention of a stream that has `tokens` and `heads`."""
+
+    tokens: int
+    heads: int
+    left: tuple[int, ...]
+    heads_left: tuple[int, ...]
+
+    def reach(self, number: int) -> tuple[int, int]:
+        """Return how many tokens and heads reach an attention."""
+        return behind(number, self.left, self.tokens), behind(number, self.heads_left, self.heads)
+
+
 Narrowing = Callable[[Mask, bool], Mask]
 
 
-def works_around(asked: TokenReduction | None, part: Plan | None, known: Iterable[type[TokenReduction]]) -> bool:
-    """Tell whether the policy that is asked for, or that a plan names, works on single sub-layers and on no stream."""
-    if asked is not None:
-        return asked.around
-    named = next((c.policy for c in part.choices if c.family == FAMILY), None) if part is not None else None
-    return named is not None and read_policy(FAMILY, named, known).around
+def policy_of(
+    asked: TokenReduction | None, part: Plan | None, known: Iterable[type[TokenReduction]]
+) -> TokenReduction | None:
+    """Return the policy that is asked for, or one that a plan names, None where neither does."""
+    if asked is not None or part is None:
+        return asked
+    named = next((c.policy for c in part.choices if c.family == FAMILY), None)
+    return None if named is None else read_policy(FAMILY, named, known)
 
 
 def plan_tokens(
@@ -61,23 +83,28 @@ def plan_tokens(
     policies: dict[str, TokenReduction] = {}
     choices: list[Choice] = []
     declined = [Decline(name, FAMILY, policy.spelled, why, by_id[name].source) for name, why in refusals.items()]
+    asked = policy
     for stream in streams:
+        policy = asked if asked.around else asked.holding(stream.prefix)
         why = _refusal(policy, stream, training)
         if why is not None:
             declined.extend(Decline(s.id, FAMILY, policy.spelled, why, s.source) for s in stream.sites)
             continue
-        tokens = _tokens(stream)
-        counts = policy.counts(tokens, len(stream.sites))
-        policy.check_counts(tokens, counts)
+        tokens, heads, many = _tokens(stream), _heads(policy, stream), len(stream.sites)
+        counts = _Counts(tokens, heads, policy.counts(tokens, many), policy.head_counts(heads, many))
+        policy.check_counts(tokens, counts.left)
         by_id.update(_narrowed(policy, stream, counts, narrowing))
         for number, site in enumerate(stream.sites):
-            before, left = tokens if policy.around else behind(number, counts, tokens), counts[number]
-            if left == before:
+            before, heads_before = (tokens, heads) if policy.around else counts.reach(number)
+            left, heads_left = counts.left[number], counts.heads_left[number]
+            if (left, heads_left) == (before, heads_before):
                 told = Refusal(SCHEDULED, f"the schedule keeps its {before} tokens")
                 declined.append(Decline(site.id, FAMILY, policy.spelled, told, site.source))
                 continue
-            policies[site.id] = policy.settled(left)
+            policies[site.id] = policy.settled(left, heads_left if heads_left < heads else 0)
             reason = f"{before} -> {left} of {tokens} tokens"
+            if heads_left < heads:
+                reason += f", {heads_before} -> {heads_left} of {heads} key heads"
             choices.append(Choice(site.id, FAMILY, policies[site.id].spelled, reason))
     return TokenPlan(tuple(by_id[site.id] for site in sites), policies, tuple(choices), tuple(declined))
 
@@ -103,26 +130,47 @@ def replay_tokens(
         placed.update(site.id for site, _ in mine)
         policy = mine[0][1]
         for site, other in mine:
-            if replace(other, left=0) != replace(policy, left=0):  # type: ignore[type-var]
+            if _unsettled(other) != _unsettled(policy):
                 raise _unfit(site.id, f"two policies for one stream: `{policy.spelled}` and `{other.spelled}`")
         why = _refusal(policy, stream, training)
         if why is not None:
             raise _unfit(mine[0][0].id, f"the plan runs it with `{policy.spelled}`, which cannot run it here: {why}")
-        tokens, left, counts = _tokens(stream), _tokens(stream), []
-        for site in stream.sites:
-            left = tokens if policy.around else left
-            if site.id in named:
-                now = named[site.id].left
-                if not 0 < now < left or now < left - named[site.id].most(left):
-                    raise _unfit(site.id, f"the plan leaves {now} of its {left} tokens")
-                left = now
-            counts.append(left)
-        policy.check_counts(tokens, counts)
+        counts = _replayed(policy, stream, named)
+        policy.check_counts(counts.tokens, counts.left)
         by_id.update(_narrowed(policy, stream, counts, narrowing))
     for name in named:
         if name not in placed:
             raise _unfit(name, "it stands in no stream of tokens")
     return TokenPlan(tuple(by_id[site.id] for site in sites), named)
+
+
+def _replayed(policy: TokenReduction, stream: StreamSites, named: Mapping[str, TokenReduction]) -> _Counts:
+    """Return the counts that a plan names; raise EFF-P506 where they cannot be."""
+    tokens, heads = _tokens(stream), _heads(policy, stream)
+    left, heads_left, lefts, heads_lefts = tokens, heads, [], []
+    for site in stream.sites:
+        left = tokens if policy.around else left
+        if site.id in named:
+            now, many = named[site.id].left, named[site.id].heads_left or heads_left
+            if many > heads_left or many < 0:
+                raise _unfit(site.id, f"the plan leaves {many} of its {heads_left} key heads")
+            most = left if many < heads_left else left - 1  # some tokens go, or some heads
+            if not 0 < now <= most or now < left - named[site.id].most(left):
+                raise _unfit(site.id, f"the plan leaves {now} of its {left} tokens")
+            left, heads_left = now, many
+        lefts.append(left)
+        heads_lefts.append(heads_left)
+    return _Counts(tokens, heads, tuple(lefts), tuple(heads_lefts))
+
+
+def _unsettled(policy: TokenReduction) -> TokenReduction:
+    return replace(policy, left=0, **({"heads_left": 0} if policy.heads_left else {}))  # type: ignore[type-var]
+
+
+def _heads(policy: TokenReduction, stream: StreamSites) -> int:
+    """Return the key heads of a stream, 1 for policies that leave heads alone."""
+    heads = stream.sites[0].kv_heads
+    return heads if policy.heads < 1 and isinstance(heads, int) else 1
 
 
 def _unfit(site: str, reason: str) -> EffError:
@@ -154,6 +202,8 @@ def _refusal(policy: TokenReduction, stream: StreamSites, training: bool) -> Ref
         return Refusal(
             "EFF-R105", "keys of padded tokens would be returned, without the mask that hides them", "no padding"
         )
+    if policy.heads < 1 and stream.heads is not None:
+        return stream.heads
     for site in stream.sites:
         why = policy.refuses(site)
         if why is not None:
@@ -170,16 +220,19 @@ def _pads(mask: object) -> bool:
 
 
 def _narrowed(
-    policy: TokenReduction, stream: StreamSites, counts: Sequence[int], narrowing: Narrowing
+    policy: TokenReduction, stream: StreamSites, counts: _Counts, narrowing: Narrowing
 ) -> dict[str, AttentionSite]:
-    tokens = _tokens(stream)
     found = {}
     for number, site in enumerate(stream.sites):
-        reach = counts[number] if policy.around else behind(number, counts, tokens)
-        if reach != tokens:
+        reach, heads = (counts.left[number], counts.heads) if policy.around else counts.reach(number)
+        if reach != counts.tokens:
             weighed = policy.merges and not policy.around
             mask = narrowing(site.mask, weighed) if isinstance(site.mask, Mask) else site.mask
-            found[site.id] = replace(site, q_len=reach, kv_len=reach, mask=mask)
+            site = replace(site, q_len=reach, kv_len=reach, mask=mask)
+        if heads != counts.heads:
+            assert isinstance(site.heads, int)
+            site = replace(site, heads=site.heads // counts.heads * heads, kv_heads=heads)
+        found[site.id] = site
     return found
 
 

@@ -20,6 +20,7 @@ from effcompile.core.attention_call import AttentionCall
 from effcompile.core.program import Program
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.passes.recognize.elements import op_name
+from effcompile.passes.recognize.prefix import prefix_of
 from effcompile.passes.recognize.token_axis import Axis, Follower, Place, Reads, rank
 
 _NORMS = ("layer_norm", "rms_norm")
@@ -63,14 +64,13 @@ class Stream:
     returned: set[fx.Node] = field(default_factory=set)
 
 
-def recognize_tokens(
-    program: Program, sites: Sequence[AttentionSite]
-) -> tuple[list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]], dict[str, Refusal]]:
-    """Return each stream's sites in order, the operations that use a token's position, and whether keys are returned.
+Found = tuple[tuple[AttentionSite, ...], tuple[str, ...], bool, int]
+"""A stream's sites in order, what uses a token's position, whether keys are returned, and how many tokens in front never change."""
 
-    Beside them: why other sites are in no stream.
-    """
-    found: list[tuple[tuple[AttentionSite, ...], tuple[str, ...], bool]] = []
+
+def recognize_tokens(program: Program, sites: Sequence[AttentionSite]) -> tuple[list[Found], dict[str, Refusal]]:
+    """Return what planning has to know of each stream, and why other sites are in no stream."""
+    found: list[Found] = []
     refusals: dict[str, Refusal] = {}
     for entry in program.entries:
         there = {node.meta.get("eff.site") for node in entry.graph.graph.nodes}  # a result that nobody reads is gone
@@ -86,7 +86,8 @@ def recognize_tokens(
                     refusals[name] = Refusal("EFF-R103", "no residual sum takes its result alone")
             held = tuple(mine[name] for name in stream.sites if name in stream.behind)
             if held and stream.refusal is None:
-                found.append((held, _positions(stream), bool(stream.returned)))
+                first = next(n for n in entry.graph.graph.nodes if n.meta.get("eff.site") == stream.sites[0])
+                found.append((held, _positions(stream), bool(stream.returned), prefix_of(entry, first)))
     return found, refusals
 
 

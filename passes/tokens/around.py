@@ -14,7 +14,7 @@ from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.tokens import Step, TokenReduction
 from effcompile.ops.tokens import rows
 from effcompile.passes.recognize.sublayers import Sublayer, sublayer_of
-from effcompile.passes.tokens.remake import remade
+from effcompile.passes.tokens.remake import Cut, remade
 
 aten = torch.ops.aten
 
@@ -60,9 +60,9 @@ def _spread(count: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 def _remake(edit: Editor, made: Sublayer, short: fx.Node, count: int) -> fx.Node:
     """Insert the operations of a sub-layer on merged tokens, each in front of its original; return the last one."""
-    found = {made.start: short}
+    found, tokens = {made.start: short}, int(made.start.meta["val"].shape[1])
     for node in made.inside:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: found.get(arg, arg))
         with edit.before(node):
-            found[node] = remade(edit, node, args, kwargs, made.axis[node], count)
+            found[node] = remade(edit, node, args, kwargs, Cut.of(made.axis[node], tokens, count))
     return found[made.end]

@@ -22,7 +22,8 @@ from effcompile.passes.recognize.tokens import Stream, streams
 from effcompile.passes.tokens import masks
 from effcompile.passes.tokens.around import shorten_sublayers
 from effcompile.passes.tokens.epochs import Epochs
-from effcompile.passes.tokens.remake import remade
+from effcompile.passes.tokens.heads import HeadCascade, one_for_all
+from effcompile.passes.tokens.remake import Cut, remade
 
 aten = torch.ops.aten
 _ROWS = Axis(Place(1), Place(0))
@@ -70,6 +71,17 @@ class _Shortening:
         self.behind = {node: name for name, node in stream.behind.items()}
         self.policy = next(policies[name] for name in stream.sites if name in policies)
         self._call: tuple[fx.Node, str, int] | None = None
+        self.sources = {
+            n.meta["eff.site"]: n
+            for n in edit.graph.nodes
+            if n in stream.axis and n.target is torch.ops.eff.attention_v1.default
+        }
+        self.heads = HeadCascade(edit, AttentionCall.of(self.sources[stream.sites[0]]).k, not portable)
+        cutting = [n for n, name in enumerate(stream.sites) if name in policies and policies[name].heads_left]
+        self.ranked = stream.sites[: cutting[-1] + 1] if cutting else []  # attentions whose heads are counted
+        for name in stream.sites[cutting[0] + 1 :] if cutting else ():
+            if name in stream.behind:
+                self.heads.enter(self.sources[name])
 
     def run(self) -> None:
         """Walk along the stream."""
@@ -86,7 +98,7 @@ class _Shortening:
                     self.short[arg][0].meta[SHORTENED] = True
             if node in stream.readers or (node in stream.whole and not merges):
                 for arg in node.all_input_nodes:
-                    if arg in self.short and (merges or arg in stream.residual) and self.short[arg][1] > 0:
+                    if arg in self.short and (merges or arg in stream.residual) and self.short[arg][0] is not arg:
                         with self.edit.before(node):
                             node.replace_input_with(arg, self._restored(arg))
 
@@ -96,7 +108,7 @@ class _Shortening:
         mine = [arg for arg in node.all_input_nodes if arg in self.short]
         epoch = max((self.short[arg][1] for arg in mine), default=0)
         is_attention = node.target is torch.ops.eff.attention_v1.default
-        if epoch == 0:
+        if epoch == 0 and all(self.short[arg][0] is arg for arg in mine) and self.heads.part(node) is None:
             made = node
         elif is_attention:
             made = self._attention(node, epoch)
@@ -112,11 +124,26 @@ class _Shortening:
             axis = self.stream.axis[arg]
             return made if known == epoch or axis is None else self.epochs.bring(made, axis, known, epoch)
         axis = self.stream.sides.get(node, {}).get(arg)
-        return arg if axis is None else self.epochs.bring(arg, axis, 0, epoch)
+        value = arg if axis is None else self.epochs.bring(arg, axis, 0, epoch)
+        part = self.heads.part(node)
+        place = None if part is None else part.sides.get(node, {}).get(arg)
+        if place is None:
+            return value
+        missing = value.meta["val"].dim() - arg.meta["val"].dim()  # dimensions that the bringing put in front
+        return self.heads.taken(value, place.tokens.dim + missing, place.batch.dim + missing)
 
     def _copied(self, node: fx.Node, epoch: int) -> fx.Node:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._operand(node, arg, epoch))
-        return remade(self.edit, node, args, kwargs, self.stream.axis[node], self.epochs.counts[epoch])  # type: ignore[arg-type]
+        cuts = Cut.of(self.stream.axis[node], self.stream.tokens, self.epochs.counts[epoch])
+        part = self.heads.part(node)
+        if part is None:
+            return remade(self.edit, node, args, kwargs, cuts)  # type: ignore[arg-type]
+        if node in part.starts:
+            return self.heads.projected(node, args[0], part)  # type: ignore[arg-type, index]
+        if node is part.end:
+            return self.heads.joined(node, args[0], part)  # type: ignore[arg-type, index]
+        cuts += Cut.of(part.axis[node], part.heads, self.heads.count)
+        return remade(self.edit, node, args, kwargs, cuts)  # type: ignore[arg-type]
 
     # --- attention -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +151,9 @@ class _Shortening:
         edit, call = self.edit, AttentionCall.of(node)
         own = node.meta["eff.site"] in self.stream.sites  # cross attention has the keys of another sequence
         q, k, v = (self._operand(node, x, epoch) if x in self.short else x for x in (call.q, call.k, call.v))
+        mask = call.mask if self.heads.part(node) is None else one_for_all(edit, call.mask)
+        if epoch == 0:  # all tokens, of which some lost heads
+            return edit.call(node.target, q, k, v, mask, *node.args[4:], like=node)  # type: ignore[arg-type]
         where, count = self.epochs.positions(epoch), len(call.loads)
         real = masks.real_tokens(edit, call, self.stream.batch, self.stream.tokens) if own else None
         if real is not None:
@@ -140,7 +170,7 @@ class _Shortening:
             bias = None if bias is None else masks.for_queries(bias, count)
         # A slot that nothing refers to holds the positions once more.
         loads = [*call.loads, where, where if real is None else real, where if logs is None else logs]
-        mask = self._mask(call, epoch, own, logs)
+        mask = self._mask(mask, call, epoch, own, logs)
         made = edit.call(
             torch.ops.eff.attention_v1.default,
             q,
@@ -166,9 +196,11 @@ class _Shortening:
         self.sites[name] = replace(site, q_len=count, kv_len=count if own else site.kv_len, mask=seen)
         return made
 
-    def _mask(self, call: AttentionCall, epoch: int, own: bool, logs: fx.Node | None) -> fx.Node | None:
+    def _mask(
+        self, mask: fx.Node | None, call: AttentionCall, epoch: int, own: bool, logs: fx.Node | None
+    ) -> fx.Node | None:
         """Insert the mask as a tensor over the tokens that are left; nothing of it stays where the kernel reads none."""
-        edit, mask = self.edit, call.mask
+        edit = self.edit
         if mask is not None:
             for dim in (2, 3) if own else (2,):
                 if mask.meta["val"].dim() < 4:
@@ -193,10 +225,10 @@ class _Shortening:
 
     def _step(self, made: fx.Node, name: str, epoch: int, left: int) -> Step:
         call = AttentionCall.of(made)
-        original = self._source(name)
-        real = masks.real_tokens(self.edit, AttentionCall.of(original), self.stream.batch, self.stream.tokens)
+        original = AttentionCall.of(self.sources[name])
+        real = masks.real_tokens(self.edit, original, self.stream.batch, self.stream.tokens)
         held = self.epochs.held(epoch, self.policy.pinned, real)
-        now = None if real is None else self.epochs.bring(real, _ROWS, 0, epoch)
+        now = self._real(name, epoch)
         state = {key: self.epochs.bring(value, _ROWS, known, epoch) for key, (value, known) in self.state.items()}
         return Step(
             self.edit,
@@ -212,8 +244,11 @@ class _Shortening:
             state,
         )
 
-    def _source(self, name: str) -> fx.Node:
-        return next(n for n in self.edit.graph.nodes if n.meta.get("eff.site") == name and n in self.stream.axis)
+    def _real(self, name: str, epoch: int) -> fx.Node | None:
+        """Insert which tokens of an epoch are no padding, None where all are."""
+        original = AttentionCall.of(self.sources[name])
+        real = masks.real_tokens(self.edit, original, self.stream.batch, self.stream.tokens)
+        return None if real is None else self.epochs.bring(real, _ROWS, 0, epoch)
 
     def _observe(self, made: fx.Node, name: str, epoch: int) -> None:
         self._call = (made, name, epoch)
@@ -221,6 +256,9 @@ class _Shortening:
             step = self._step(made, name, epoch, 0)
             self.policy.observe(step)
             self.state = {key: (value, epoch) for key, value in step.state.items()}
+        if name in self.ranked and name in self.stream.behind:
+            with self.edit.before(self.sources[name].next):
+                self.heads.observe(made, self._real(name, epoch))
 
     def _shorten(self, node: fx.Node, name: str) -> None:
         policy = self.policies.get(name)
@@ -234,11 +272,14 @@ class _Shortening:
         assert axis is not None
         following = node.next
         with self.edit.before(following):
-            value = value if known == epoch else self.epochs.bring(value, axis, known, epoch)
-            step = replace(self._step(made, name, epoch, policy.left), stream=value)
-            kept = policy.choose(step)
-            self.short[node] = (self.epochs.begin(value, kept, policy.left), epoch + 1)
-            self.state = {key: (item, epoch) for key, item in step.state.items()}
+            if policy.left < self.epochs.counts[epoch]:
+                value = value if known == epoch else self.epochs.bring(value, axis, known, epoch)
+                step = replace(self._step(made, name, epoch, policy.left), stream=value)
+                kept = policy.choose(step)
+                self.short[node] = (self.epochs.begin(value, kept, policy.left), epoch + 1)
+                self.state = {key: (item, epoch) for key, item in step.state.items()}
+            if policy.heads_left and policy.heads_left < self.heads.count:
+                self.heads.shorten(policy.heads_left)
 
     def _restored(self, node: fx.Node) -> fx.Node:
         if node not in self.restored:
