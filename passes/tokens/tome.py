@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from effcompile.core.mask import Mask
-from effcompile.core.policy import check_whole
+from effcompile.core.policy import check_whole, refused_value
 from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.tokens import Kept, Pins, Step, TokenReduction, check_pins, check_ratio, spans
 from effcompile.ops.tokens.choice import match_pairs
@@ -20,10 +21,14 @@ class ToMe(TokenReduction):
 
     Tokens are alike where the means of their keys over heads are. A token that stands for several weighs that much more in
     attention (log of the number, added to its scores). Original positions get the value of what they became part of.
+
+    With `inflect` steps are not equal: -1 lets them fall linearly from twice as many to none, which leaves fewer tokens on average,
+    1 lets them rise so, as the paper's code does.
     """
 
     ratio: float = 0.5
     first: int = 0
+    inflect: float = 0.0
     pinned: Pins = (0,)
     left: int = 0
 
@@ -37,14 +42,18 @@ class ToMe(TokenReduction):
         check_whole(self, "first")
         check_pins(self, "pinned")
         check_whole(self, "left")
+        if isinstance(self.inflect, bool) or not isinstance(self.inflect, int | float) or not -1 <= self.inflect <= 1:
+            raise refused_value(self, "inflect", "between -1 and 1")
 
     def counts(self, tokens: int, attentions: int) -> tuple[int, ...]:
-        """Return equal steps, none larger than half of the tokens that are not pinned."""
+        """Return steps that are equal, rise or fall, none larger than half of the tokens that are not pinned."""
         layers, pins = max(1, attentions - self.first), self.pins(tokens)
         target, left, found = tokens - int(self.ratio * tokens), tokens, []
         for number in range(attentions):
             if number >= self.first:
-                wanted = tokens - (tokens - target) * (number - self.first + 1) // layers
+                steps = number - self.first + 1
+                share = steps + self.inflect * (steps * (steps - 1) / max(1, layers - 1) - steps)
+                wanted = max(target, tokens - math.floor((tokens - target) * share / layers + 1e-9))
                 left = max(wanted, left - max(0, left // 2 - pins))
             found.append(left)
         return tuple(found)

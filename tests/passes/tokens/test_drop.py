@@ -129,6 +129,7 @@ def test_pinned_ranges_stay():
         ("spatten{pinned=[-25]}", "EFF-R110"),
         ("spatten{pinned=[[20,25]]}", "EFF-R110"),
         ("spatten{pinned=[1.5]}", "EFF-U004"),
+        ("fastv{ratio=0.99,pinned=[]}", "EFF-R111"),
         ("spaten", "EFF-U014"),
     ],
 )

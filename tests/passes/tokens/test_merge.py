@@ -1,5 +1,7 @@
 """Check merging: identical tokens lose nothing, what is untouched comes back bit by bit, sizes add up."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,17 @@ def test_counts_never_merge_more_than_half():
         before = (257, *counts[:-1])
         assert all(0 <= a - b <= a // 2 - 1 for a, b in zip(before, counts, strict=True))
     assert ToMe(ratio=0.75).counts(257, 12)[-1] == 257 - int(0.75 * 257)
+
+
+def test_steps_fall_rise_or_are_equal():
+    equal, falling, rising = (ToMe(ratio=0.75, inflect=n).counts(257, 12) for n in (0, -1.0, 1.0))
+    assert equal == tuple(257 - 192 * n // 12 for n in range(1, 13))
+    steps = [257 - falling[0], *(a - b for a, b in itertools.pairwise(falling))]
+    assert steps[0] == 32
+    assert steps[-1] == 0
+    assert all(a >= b - 1 for a, b in itertools.pairwise(steps))
+    assert falling[-1] == rising[-1] == equal[-1] == 65
+    assert sum(falling) < sum(equal) < sum(rising)
+    for wrong in ("tome{inflect=2}", "tome{inflect=true}"):
+        with pytest.raises(Exception, match="EFF-U004"):
+            compiled(tower(), wrong)(tokens_of())
