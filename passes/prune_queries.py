@@ -3,13 +3,15 @@
 What is found is `where(chosen, f(x), x)`, `chosen` holding a fixed number of places of each sequence (a scatter of True at an
 index, such as a top-k). Rows of f(x) that were not chosen are read by nobody, so f runs on the chosen rows of x: its operations are
 made anew on fewer tokens (`recognize/token_axis.py` proves that each works token by token), rotations and the causal mask are
-taken at the original positions, and the result is put back into x. An attention within f asks for the chosen tokens only; its keys
-stay those of all, which saves work where they come from elsewhere (keys that recursions share) and is refused where the next
-attention's keys need every row.
+taken at the original positions, and the result is put back into x. An attention within f asks for the chosen tokens only. Where its
+mask hides the others (recursions that keep keys of their own) keys are those of the chosen tokens too. Elsewhere they stay those of
+all, which saves work where they come from outside f (keys that recursions share) and is refused where the next attention's keys
+need every row.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -83,24 +85,56 @@ def _is_empty(node: Any) -> bool:
     return "full" not in op_name(node) or node.args[-1] is False
 
 
+def _is_distinct(index: fx.Node) -> bool:
+    """Tell whether places are all different: those of a top-k, in any order. A key that stood twice would count twice."""
+    node = index
+    if node.target is operator.getitem and op_name(node.args[0]) == "sort" and node.args[1] == 0:  # type: ignore[arg-type]
+        node = node.args[0].args[0]  # type: ignore[union-attr, assignment]
+    return node.target is operator.getitem and op_name(node.args[0]) == "topk" and node.args[1] == 1  # type: ignore[arg-type]
+
+
+def _hides(mask: Any, chosen: fx.Node) -> bool:
+    """Tell whether a boolean mask `[..., K]` keeps no key that is not chosen; `chosen` `[B, K]` bool."""
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+        return False
+    if op_name(mask) in ("bitwise_and", "logical_and", "__and__"):
+        return any(_hides(arg, chosen) for arg in mask.args)
+    node = mask
+    while op_name(node) in ("unsqueeze", "expand"):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        last = op_name(node) == "unsqueeze" and int(node.args[1]) % rank(node) == rank(node) - 1  # type: ignore[arg-type]
+        if last or str(node.meta["val"].shape[-1]) != str(source.meta["val"].shape[-1]):
+            return False
+        node = source
+    shape = mask.meta["val"].shape
+    return node is chosen and len(shape) == 4 and str(shape[0]) == str(chosen.meta["val"].shape[0])
+
+
 @dataclass
 class _Region:
-    """Hold the axis of each value that derives from x, and the operands of a token's place beside it."""
+    """Hold the axis of each value that derives from x, and the operands of a token's place beside it.
+
+    `chosen` is the mask of the tokens that are chosen, where their places are known to be distinct; `own` are attentions whose
+    masks hide all other keys.
+    """
 
     x: fx.Node
+    chosen: fx.Node | None
     axis: dict[fx.Node, Axis] = field(default_factory=dict)
     sides: dict[fx.Node, dict[fx.Node, Axis]] = field(default_factory=dict)
+    own: set[fx.Node] = field(default_factory=set)
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """Return the operands of a node of the region that are needed on the chosen tokens."""
         if op_name(node) == _SDPA:
-            return [node.args[0]]  # type: ignore[list-item]
+            return list(node.args[: 3 if node in self.own else 1])  # type: ignore[arg-type]
         return [arg for arg in node.all_input_nodes if arg in self.axis]
 
 
-def _followed(graph: fx.Graph, x: fx.Node, end: fx.Node) -> _Region:
+def _followed(graph: fx.Graph, x: fx.Node, end: fx.Node, chosen: fx.Node | None) -> _Region:
     shape = x.meta["val"].shape
-    region, rules = _Region(x, {x: _ROWS}), Follower(int(shape[1]), shape[0])
+    region, rules = _Region(x, chosen, {x: _ROWS}), Follower(int(shape[1]), shape[0])
     begun = False
     for node in graph.nodes:
         if node is end:
@@ -112,6 +146,9 @@ def _followed(graph: fx.Graph, x: fx.Node, end: fx.Node) -> _Region:
         if op_name(node) == _SDPA:
             if region.axis.get(node.args[0]) == _HEADS and _is_plain(node):  # type: ignore[call-overload]
                 region.axis[node] = _HEADS
+                all_three = all(region.axis.get(arg) == _HEADS for arg in node.args[1:3])  # type: ignore[call-overload]
+                if chosen is not None and all_three and _hides(_operand(node, 3, "attn_mask", None), chosen):
+                    region.own.add(node)
             continue
         try:
             axis, sides = rules.follow(node, known)
@@ -152,7 +189,8 @@ def _prune(edit: Editor, where: fx.Node) -> Refusal | str:
     _, result, x = where.args
     assert isinstance(result, fx.Node)
     assert isinstance(x, fx.Node)
-    region = _followed(edit.graph, x, where)
+    column = where.args[0].args[0]  # type: ignore[union-attr]
+    region = _followed(edit.graph, x, where, column if _is_distinct(index) else None)  # type: ignore[arg-type]
     tokens, count = int(x.meta["val"].shape[1]), int(index.meta["val"].shape[1])
     at = str(where.meta.get("eff.source", "")) or where.name
     if result not in region.axis:
@@ -160,7 +198,7 @@ def _prune(edit: Editor, where: fx.Node) -> Refusal | str:
     needed = _needed(region, result)
     if not any(op_name(node) in ("linear", "matmul", "mm", "addmm") for node in needed):
         return Refusal("EFF-R109", f"at {at}: nothing is saved")
-    if (held := _held_whole(edit.graph, needed, where)) is not None:
+    if (held := _held_whole(edit.graph, needed, where, region)) is not None:
         source = str(held.meta.get("eff.source", "")) or held.name
         return Refusal(
             "EFF-R113", f"at {at}: the attention at {source} is read for every token", "keys that recursions share"
@@ -174,14 +212,14 @@ def _prune(edit: Editor, where: fx.Node) -> Refusal | str:
     return f"{count} of {tokens} tokens at {at}"
 
 
-def _held_whole(graph: fx.Graph, needed: set[fx.Node], where: fx.Node) -> fx.Node | None:
+def _held_whole(graph: fx.Graph, needed: set[fx.Node], where: fx.Node, region: _Region) -> fx.Node | None:
     """Return an attention that has to run on all tokens all the same: keys of a later one, or another reader, derive from it."""
     whole: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         if node in whole or (node not in needed and node is not where):
             sources = node.all_input_nodes
         elif node in needed and op_name(node) == _SDPA:
-            sources = [arg for arg in node.all_input_nodes if arg is not node.args[0]]
+            sources = [arg for arg in node.all_input_nodes if arg not in region.operands(node)]
         else:
             continue
         whole.update(arg for arg in sources if arg in needed)
@@ -232,6 +270,9 @@ class _Pruned:
             mask = self._causal(k)  # type: ignore[arg-type]
         elif mask is not None:
             mask = self._rows_of(mask)
+        if node in self.region.own:
+            k, v = self.made[k], self.made[v]  # type: ignore[index]
+            mask = self._take(mask, Axis(Place(3), Place(0)))
         rest = {name: node.kwargs[name] for name in ("scale", "enable_gqa") if name in node.kwargs}
         return edit.call(
             node.target,

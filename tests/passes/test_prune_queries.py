@@ -102,18 +102,41 @@ def _rope(made: Recursions) -> tuple[Tensor, Tensor]:
     return rotary_tables(torch.arange(30), made.config.llama.head_dim, made.config.llama.rope_theta)
 
 
-def test_keys_of_their_own_need_every_token_of_a_deeper_stack() -> None:
-    """One layer's keys are those of its input; the second layer's are those of the first one's result, for every token."""
+def test_keys_of_their_own_are_those_of_the_chosen_tokens() -> None:
+    """Under the model's own top-k, whose places are distinct, a recursion is a sequence of its tokens, keys and all."""
+    deep = model(share_keys=False).double()
+    run, args = run_of(deep)
+    graph, notes = pruned(run, *args)
+    counts = deep.config.kept(30)
+    assert [note.split(" at ")[0] for note in notes] == [f"{count} of 30 tokens" for count in counts[1:]]
+    assert torch.allclose(graph(*args), deep(TOKENS), atol=1e-6)
+    attentions = [node for node in graph.graph.nodes if "scaled_dot" in str(node.target)]
+    shapes = [tuple(arg.meta["val"].shape[2] for arg in node.args[:2]) for node in attentions]
+    assert shapes == [(30, 30), *((count, count) for count in counts for _ in range(2)), (30, 30)]
+
+
+def test_keys_of_their_own_need_every_token_under_a_routing_that_is_given() -> None:
+    """A place that stands twice in it would count twice as a key; of one layer queries alone are pruned, of several nothing."""
     deep = model(share_keys=False)
     run, args = run_of(deep)
-    _, notes = pruned(run, *args)
+    _, notes = pruned(run, *args, *deep.route(TOKENS))
     assert len(notes) == 2
     assert all(note.startswith("EFF-R113") for note in notes)
     flat = model(3, layers=5, share_keys=False).double()
     run, args = run_of(flat)
-    graph, notes = pruned(run, *args)
+    wanted, routing = flat.trace(TOKENS)
+    graph, notes = pruned(run, *args, *routing)
     assert [note.split(" at ")[0] for note in notes] == ["20 of 30 tokens", "10 of 30 tokens"]
-    assert torch.allclose(graph(*args), flat(TOKENS), atol=1e-6)
+    assert torch.allclose(graph(*args, *routing), wanted, atol=1e-6)
+
+
+@SLOW
+def test_a_compiled_model_with_keys_of_its_own() -> None:
+    made = model(share_keys=False)
+    fast = torch.compile(made, backend="eff", dynamic=False, options={"strict": True})
+    torch.testing.assert_close(fast(TOKENS), made(TOKENS), rtol=1e-4, atol=1e-4)
+    sites = [site for graph in eff.report()["graphs"] for site in graph["sites"]]
+    assert [site["kv_len"] for site in sites] == [30, *(n for n in made.config.kept(30) for _ in range(2)), 30]
 
 
 def test_a_compiled_model_prunes() -> None:
@@ -149,6 +172,10 @@ FITS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def hidden(x: Tensor, index: Tensor) -> Tensor:
+    return torch.zeros(x.shape[:2], dtype=torch.bool).scatter(1, index, True)[:, None, None, :]
+
+
 def attended(x: Tensor, mask: Tensor) -> Tensor:
     heads = x.view(2, 12, 2, 8).transpose(1, 2)
     return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask).transpose(1, 2).reshape(2, 12, 16)
@@ -175,6 +202,9 @@ NEAR_MISSES: dict[str, Callable[..., Tensor]] = {
     "tokens are mixed last": lambda x, w, i: torch.where(chosen(x, i), F.linear(x, w).cumsum(1), x),
     "the whole result is read": lambda x, w, i: (
         torch.where(chosen(x, i), y := F.linear(attended(x, torch.ones(1, 12).bool()), w), x) + y
+    ),
+    "another mask hides keys": lambda x, w, i: torch.where(
+        chosen(x, i), F.linear(attended(attended(x, other := hidden(x, i + 0)), other), w), x
     ),
     "no product": lambda x, w, i: torch.where(chosen(x, i), x * 2, x),
 }  # fmt: skip
