@@ -169,11 +169,19 @@ FITS: dict[str, Callable[..., Tensor]] = {
     "a mask for all queries": lambda x, w, i: torch.where(
         chosen(x, i), F.linear(attended(x, torch.ones(1, 12).bool()), w), x
     ),
+    "a mask that hides the others": lambda x, w, i: own_keys(x, w, None),
 }
 
 
 def hidden(x: Tensor, index: Tensor) -> Tensor:
     return torch.zeros(x.shape[:2], dtype=torch.bool).scatter(1, index, True)[:, None, None, :]
+
+
+def own_keys(x: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend twice among the tokens of a top-k, or under another mask, and keep the result of these tokens."""
+    kept = torch.zeros(x.shape[:2], dtype=torch.bool).scatter(1, x.sum(-1).topk(5, dim=1).indices, True)
+    mask = kept[:, None, None, :] if mask is None else mask
+    return torch.where(kept[..., None], F.linear(attended(attended(x, mask), mask), w), x)
 
 
 def attended(x: Tensor, mask: Tensor) -> Tensor:
@@ -203,9 +211,7 @@ NEAR_MISSES: dict[str, Callable[..., Tensor]] = {
     "the whole result is read": lambda x, w, i: (
         torch.where(chosen(x, i), y := F.linear(attended(x, torch.ones(1, 12).bool()), w), x) + y
     ),
-    "another mask hides keys": lambda x, w, i: torch.where(
-        chosen(x, i), F.linear(attended(attended(x, other := hidden(x, i + 0)), other), w), x
-    ),
+    "another mask hides keys": lambda x, w, i: own_keys(x, w, hidden(x, i)),
     "no product": lambda x, w, i: torch.where(chosen(x, i), x * 2, x),
 }  # fmt: skip
 

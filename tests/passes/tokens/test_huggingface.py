@@ -15,7 +15,7 @@ MODELS = {
     "Dinov2": ({"mlp_ratio": 2}, 17),
     "DeiT": ({"intermediate_size": 48}, 18),
 }
-POLICIES = ("tome{ratio=0.5}", "spatten{keep=0.7}", "evit{keep=0.5,every=1}")
+POLICIES = ("tome{ratio=0.5}", "spatten{keep=0.7}", "evit{keep=0.5,every=1}", "spatten{keep=0.7,heads=0.6}")
 VISION = [
     pytest.param(name, policy, marks=() if n == m else pytest.mark.slow)
     for n, name in enumerate(MODELS)
@@ -85,10 +85,12 @@ def test_llama_without_a_cache():
     )
     model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 60, (2, 24))
-    for policy in ("pyramid-drop", "spatten{keep=0.7,fair=True}"):
+    for policy in ("pyramid-drop", "spatten{keep=0.7,fair=True,heads=0.5}"):
         found = compiled(model, policy)(ids, use_cache=False, logits_to_keep=1).logits
         assert found.shape == (2, 1, 60)
         assert sizes()[-1] < 24
+        heads = [site["kv_heads"] for graph in eff.report()["graphs"] for site in graph["sites"]]
+        assert heads == ([2, 2, 2, 1] if "heads" in policy else [2] * 4)
     cached = eff.explain(model, ids, options={"tokens": "pyramid-drop"}, target="cpu", use_cache=True)
     assert [d.refusal.code for d in cached.plan.declined if d.family == "tokens"] == ["EFF-R105"] * 4
     assert not [c for c in cached.plan.choices if c.family == "tokens"]
