@@ -283,13 +283,13 @@ class Follower:
     def _cut_between(self, node: fx.Node, source: fx.Node, place: Place) -> Place:
         """Return where the axis lies in equal pieces of a merged dimension, each of which has all of it."""
         value, block = node.meta["val"], self.tokens * place.after
-        sizes = {part.shape[place.dim] for part in (value if isinstance(value, list | tuple) else (value,))}
+        sizes = [part.shape[place.dim] for part in (value if isinstance(value, list | tuple) else (value,))]
         starts_whole = op_name(node) != "slice" or (
             _whole(node.args[2] if len(node.args) > 2 else 0, block) and (len(node.args) < 5 or node.args[4] == 1)
         )
-        if len(sizes) != 1 or not starts_whole or not _whole(next(iter(sizes)), block):
+        if not starts_whole or len(set(map(str, sizes))) != 1 or not _whole(sizes[0], block):
             raise Reads("it cuts between tokens")
-        return replace(place, before=next(iter(sizes)) // block)
+        return replace(place, before=sizes[0] // block)
 
     def _expanded(self, node: fx.Node, source: fx.Node, axis: Axis) -> Axis:
         by = rank(node) - rank(source)

@@ -71,7 +71,9 @@ def flops(graph, args):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("class", "dense") else pytest.mark.slow) for name in READS]
+)
 def test_rows_that_are_read_are_the_same(name, fused):
     read, count = READS[name]
     model, x = Reader(read, fused), torch.randn(3, TOKENS, 32, dtype=torch.float64)
@@ -112,6 +114,7 @@ def test_masks_stay():
     assert not notes
 
 
+@pytest.mark.slow
 def test_gradients_flow():
     model, x = Reader(READS["dense"][0]), torch.randn(2, TOKENS, 32, dtype=torch.float64)
     weights = [*model.inner.layers.parameters(), *model.inner.norm.parameters()]

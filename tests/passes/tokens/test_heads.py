@@ -21,8 +21,8 @@ HEADS = {"heads": 8, "width": 64}
 FORMS = [
     pytest.param({"rope": True, "causal": True, "kv_heads": 4}, True, id="grouped-rope-causal-padded"),
     pytest.param({"rope": True, "causal": True, "kv_heads": 2}, False, id="grouped-rope-causal", marks=SLOW),
-    pytest.param({"read": "first"}, False, id="first"),
-    pytest.param({"post": True}, True, id="post-padded"),
+    pytest.param({"read": "first"}, False, id="first", marks=SLOW),
+    pytest.param({"post": True}, True, id="post-padded", marks=SLOW),
 ]
 
 
@@ -65,6 +65,7 @@ def test_schedule_is_nested_and_leaves_a_head():
         assert totals == sorted(totals, reverse=True)
 
 
+@SLOW
 @torch.no_grad()
 def test_products_and_attention_get_smaller(monkeypatch):
     """Counted in the graph that runs: more heads cut, less work, in projections and in attention."""
@@ -92,6 +93,7 @@ def test_products_and_attention_get_smaller(monkeypatch):
     assert len(set(counts)) == 4, counts
 
 
+@SLOW
 @torch.no_grad()
 def test_all_heads_change_nothing_and_sequences_stand_apart():
     model, ids, order = tower(**HEADS), tokens_of(), torch.tensor([2, 0, 1])

@@ -56,7 +56,7 @@ def test_every_policy_is_here():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "heads" else SLOW) for name in ENCODERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ENCODERS])
 def test_encoders(tmp_path, name):
     model = tower(heads=8, width=64).float()
     manifest, operators = exported(model, (tokens_of(),), ENCODERS[name], tmp_path / "out")
