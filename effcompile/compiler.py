@@ -23,7 +23,7 @@ from effcompile.core.options import Options
 from effcompile.core.plan import Choice, Decline, Plan, Range
 from effcompile.core.policy import SITE_FAMILIES, Kernels, Method, Policy, read_policy
 from effcompile.core.program import Program
-from effcompile.core.rewrite import Pass
+from effcompile.core.rewrite import Pass, ordered
 from effcompile.core.site import AttentionSite, CacheSite, Missed, Refusal
 from effcompile.core.sizes import Size, symbolic_sizes
 from effcompile.core.target import Target
@@ -238,10 +238,9 @@ def _plan_tokens(
     asked, given, training = asked_tokens(options), options.plan, program.requires_grad
     known = {site.id: site.fingerprint for site in found.sites} | planning_experts.fingerprints(experts.sites)
     part = None if given is None else given.part(known, training)
-    if asked is None and (part is None or all(choice.family != TOKENS for choice in part.choices)):
-        return planning_tokens.TokenPlan(found.sites, {})
     policy = planning_tokens.policy_of(asked, part, all_tokens())
-    assert policy is not None
+    if policy is None:
+        return planning_tokens.TokenPlan(found.sites, {})
     streams, refusals = (recognize_sublayers if policy.around else recognize_tokens)(program, found.sites)
     cuts = policy.heads < 1
     held = [
@@ -395,18 +394,3 @@ def all_passes(options: Options) -> tuple[Pass, ...]:
         if name not in names:
             raise unknown("EFF-U011", "pass", name, names, hint="eff passes")
     return ordered([*built_in, *options.passes])
-
-
-def ordered(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """Sort by phase, then so that each pass comes after those it names; ties keep their order."""
-    phases = ("captured", "raised", "lowered")
-    waiting = sorted(passes, key=lambda item: phases.index(item.phase))
-    placed: list[Pass] = []
-    while waiting:
-        here = {item.name for item in placed}
-        known = {item.name for item in waiting} | here
-        ready = next((p for p in waiting if all(name in here or name not in known for name in p.after)), None)
-        assert ready is not None, f"passes wait for each other: {[p.name for p in waiting]}"
-        placed.append(ready)
-        waiting.remove(ready)
-    return tuple(sorted(placed, key=lambda item: phases.index(item.phase)))

@@ -215,11 +215,13 @@ def _prune(edit: Editor, where: fx.Node) -> Refusal | str:
 def _held_whole(graph: fx.Graph, needed: set[fx.Node], where: fx.Node, region: _Region) -> fx.Node | None:
     """Return an attention that has to run on all tokens all the same: keys of a later one, or another reader, derive from it."""
     whole: set[fx.Node] = set()
+    sources: list[fx.Node]
     for node in reversed(list(graph.nodes)):
         if node in whole or (node not in needed and node is not where):
             sources = node.all_input_nodes
         elif node in needed and op_name(node) == _SDPA:
-            sources = [arg for arg in node.all_input_nodes if arg not in region.operands(node)]
+            sources = []  # keys may be the very node of the queries
+            fx.node.map_arg((node.args[len(region.operands(node)) :], node.kwargs), sources.append)
         else:
             continue
         whole.update(arg for arg in sources if arg in needed)

@@ -90,10 +90,9 @@ def _is_plain(node: fx.Node) -> bool:
     """Tell whether a node is attention of every token to every token."""
     if op_name(node) != _SDPA or rank(node) != 4:
         return False
-    mask, dropout, causal = (*node.args[3:6], *(None, 0.0, False)[len(node.args[3:6]) :])
-    mask, causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", causal)
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:6], strict=False)) | node.kwargs
     tokens = node.meta["val"].shape[2]
-    plain = mask is None and not causal and node.kwargs.get("dropout_p", dropout) == 0.0
+    plain = given.get("attn_mask") is None and not given.get("is_causal") and given.get("dropout_p", 0.0) == 0.0
     return plain and isinstance(tokens, int) and tokens > 1
 
 

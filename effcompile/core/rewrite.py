@@ -58,6 +58,21 @@ class Pass(ABC):
         """Return the rewritten program; the given one stays as it is."""
 
 
+def ordered(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """Sort by phase, then so that each pass comes after those it names; ties keep their order."""
+    phases = ("captured", "raised", "lowered")
+    waiting = sorted(passes, key=lambda item: phases.index(item.phase))
+    placed: list[Pass] = []
+    while waiting:
+        here = {item.name for item in placed}
+        known = {item.name for item in waiting} | here
+        ready = next((p for p in waiting if all(name in here or name not in known for name in p.after)), None)
+        assert ready is not None, f"passes wait for each other: {[p.name for p in waiting]}"
+        placed.append(ready)
+        waiting.remove(ready)
+    return tuple(sorted(placed, key=lambda item: phases.index(item.phase)))
+
+
 def fake_mode_of(graph: fx.Graph) -> Any | None:
     """Return the FakeTensorMode of the graph's values."""
     for node in graph.nodes:
