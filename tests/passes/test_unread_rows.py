@@ -154,6 +154,7 @@ def dinov2():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_registers_of_dinov2_are_left_out_and_pinned():
     """Exact features without registers; a token policy keeps class and register tokens to the end."""
     model, pixels = dinov2(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
