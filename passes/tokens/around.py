@@ -14,6 +14,7 @@ from effcompile.core.site import AttentionSite, Refusal
 from effcompile.core.tokens import Step, TokenReduction
 from effcompile.ops.tokens import rows
 from effcompile.passes.recognize.sublayers import Sublayer, sublayer_of
+from effcompile.passes.tokens.epochs import Merging
 from effcompile.passes.tokens.remake import Cut, remade
 
 aten = torch.ops.aten
@@ -40,8 +41,8 @@ def shorten_sublayers(
                 dtype=torch.float32,
                 device=made.start.meta["val"].device,
             )
-            sizes = edit.inline(rows.merge_sizes, whole, kept.index, kept.source, kept.into)
-            short = edit.inline(rows.merge, made.start, whole, sizes, kept.index, kept.source, kept.into)
+            merging = Merging(edit, portable)
+            short = merging.rows(made.start, whole, merging.sizes(whole, kept), kept)
         result = _remake(edit, made, short, policy.left)
 
         with edit.before(made.end):

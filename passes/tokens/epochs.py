@@ -15,11 +15,36 @@ from effcompile.passes.recognize.token_axis import Axis
 aten = torch.ops.aten
 
 
+class Merging:
+    """Insert merges; for other runtimes by products, since not every one adds up scattered values."""
+
+    def __init__(self, edit: Editor, portable: bool) -> None:
+        self.edit, self.portable = edit, portable
+
+    def sizes(self, sizes: fx.Node, kept: Kept) -> fx.Node:
+        """Insert how many tokens each one stands for after a merge, from those before it `[B, N]`."""
+        matrix = self.portable
+        operands = (sizes, kept.index, kept.source, kept.into)
+        return self.edit.inline(
+            lambda a, index, source, into: rows.merge_sizes(a, index, source, into, matrix), *operands
+        )
+
+    def rows(self, value: fx.Node, before: fx.Node, after: fx.Node, kept: Kept) -> fx.Node:
+        """Insert the merged rows of a value `[B, N, C]`; `before` and `after` say how many tokens each stands for."""
+        matrix = self.portable
+
+        def merged(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            return rows.merge(x, *rest, matrix=matrix)  # type: ignore[misc]
+
+        return self.edit.inline(merged, value, before, after, kept.index, kept.source, kept.into)
+
+
 class Epochs:
     """Count the tokens of each epoch; epoch 0 has all of them."""
 
-    def __init__(self, edit: Editor, batch: Any, tokens: int) -> None:
+    def __init__(self, edit: Editor, batch: Any, tokens: int, portable: bool) -> None:
         self.edit, self.batch, self.counts = edit, batch, [tokens]
+        self._merging = Merging(edit, portable)
         self._kept: list[Kept] = []
         self._before: list[fx.Node] = []
         self._positions: list[fx.Node | None] = [None]
@@ -46,9 +71,9 @@ class Epochs:
         if sizes is None:
             sizes = self._ones(value)
             self._sizes[epoch] = sizes
-        merged = edit.inline(rows.merge_sizes, sizes, kept.index, kept.source, kept.into)
+        merged = self._merging.sizes(sizes, kept)
         self._sizes.append(merged)
-        return edit.inline(rows.merge, value, sizes, merged, kept.index, kept.source, kept.into)
+        return self._merging.rows(value, sizes, merged, kept)
 
     def _ones(self, value: fx.Node) -> fx.Node:
         shape = [self.edit.size(self.batch), self.counts[len(self._before) - 1]]
@@ -83,9 +108,10 @@ class Epochs:
             return self.edit.inline(rows.take_and_sum, value, kept.index, kept.weights)
         if kept.source is None or not last.dtype.is_floating_point or last.dim() != 3:
             return self._taken(value, axis, kept.index)
-        return self.edit.inline(
-            rows.merge, value, self._sizes[epoch], self._sizes[epoch + 1], kept.index, kept.source, kept.into
-        )
+        before, after = self._sizes[epoch], self._sizes[epoch + 1]
+        assert before is not None
+        assert after is not None
+        return self._merging.rows(value, before, after, kept)
 
     def _taken(self, value: fx.Node, axis: Axis, index: fx.Node) -> fx.Node:
         """Gather along the token axis; a value without a batch, or with one for all sequences, gets one."""

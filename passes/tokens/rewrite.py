@@ -64,7 +64,7 @@ class _Shortening:
         portable: bool,
     ) -> None:
         self.edit, self.stream, self.policies, self.sites, self.portable = edit, stream, policies, sites, portable
-        self.epochs = Epochs(edit, stream.batch, stream.tokens)
+        self.epochs = Epochs(edit, stream.batch, stream.tokens, portable)
         self.short: dict[fx.Node, tuple[fx.Node, int]] = {}
         self.restored: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, tuple[fx.Node, int]] = {}

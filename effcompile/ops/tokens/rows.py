@@ -35,12 +35,15 @@ def put_back(before: Tensor, x: Tensor, index: Tensor) -> Tensor:
     return before.scatter(1, index[:, :, None].expand(-1, -1, x.shape[2]), x[:, : index.shape[1]])
 
 
-def merge_sizes(sizes: Tensor, index: Tensor, source: Tensor, into: Tensor) -> Tensor:
+def merge_sizes(sizes: Tensor, index: Tensor, source: Tensor, into: Tensor, matrix: bool = False) -> Tensor:
     """Return how many tokens each of `[B, L]` stands for after a merge, from those before it `[B, N]`."""
-    return sizes.gather(1, index).scatter_add(1, into, sizes.gather(1, source))
+    gone = sizes.gather(1, source)
+    return sizes.gather(1, index) + _summed(gone[:, :, None], into, index.shape[1], matrix)[:, :, 0]
 
 
-def merge(x: Tensor, sizes: Tensor, merged: Tensor, index: Tensor, source: Tensor, into: Tensor) -> Tensor:
+def merge(
+    x: Tensor, sizes: Tensor, merged: Tensor, index: Tensor, source: Tensor, into: Tensor, matrix: bool = False
+) -> Tensor:
     """Return the mean `[B, L, C]` of merged rows of x `[B, N, C]`, weighted by the tokens that each stands for.
 
     A row that nothing is merged into stays as it is, bit by bit.
@@ -48,11 +51,21 @@ def merge(x: Tensor, sizes: Tensor, merged: Tensor, index: Tensor, source: Tenso
     wide = x.to(torch.promote_types(x.dtype, merged.dtype))
     stay, gone = take(wide, index), take(wide, source)
     kept = sizes.gather(1, index)
-    added = torch.zeros_like(stay).scatter_add(
-        1, into[:, :, None].expand(-1, -1, x.shape[2]), gone * sizes.gather(1, source)[:, :, None]
-    )
+    added = _summed(gone * sizes.gather(1, source)[:, :, None], into, index.shape[1], matrix)
     mean = (stay * kept[:, :, None] + added) / merged[:, :, None]
     return torch.where((merged == kept)[:, :, None], stay, mean).to(x.dtype)
+
+
+def _summed(values: Tensor, into: Tensor, count: int, matrix: bool) -> Tensor:
+    """Return `[B, count, C]`: rows of values `[B, r, C]` added up at the places `into` `[B, r]`.
+
+    By a product with a `matrix` of zeros and ones where a runtime adds up no scattered values (TensorRT-RTX).
+    """
+    if matrix:
+        places = torch.arange(count, device=into.device)[None, :, None]
+        return torch.bmm((places == into[:, None, :]).to(values.dtype), values)
+    none = values.new_zeros((values.shape[0], count, values.shape[2]))
+    return none.scatter_add(1, into[:, :, None].expand(-1, -1, values.shape[2]), values)
 
 
 def homes(index: Tensor, source: Tensor, into: Tensor, count: int) -> Tensor:
