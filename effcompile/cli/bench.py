@@ -151,6 +151,7 @@ _REPORTS = {
     "tokens.md": "token_report",
     "adaptive.md": "adaptive_report",
     "export.md": "export_report",
+    "diffusion.md": "schedules_report",
 }
 """The pages of docs with results, and the module of bench that writes each."""
 

@@ -49,7 +49,7 @@ def _phases(denoiser: nn.Module, policy: ReTtention, args: tuple[Any, ...], emit
     if policy.keep >= 1:  # everything is kept: the module itself, bit for bit
         return Phases({"dense": lambda state, given: denoiser(*given)}, {})
     ops.register()
-    copied = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+    copied = tuple(x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in args)
     with torch.no_grad():
         program = capture_export(torch.export.export(denoiser, copied, strict=False))
         made: dict[str, Graph] = {}
@@ -92,7 +92,8 @@ def _graph(
 
 
 def _arguments(names: tuple[Input, ...], state: Mapping[str, Tensor], args: tuple[Any, ...]) -> list[Any]:
-    given = iter([x for x in args if isinstance(x, Tensor)])
+    # Graphs have the strides of the example: a time that was expanded over the batch has others.
+    given = iter([x.contiguous() for x in args if isinstance(x, Tensor)])
     found = []
     for item in names:
         if item.kind == "packed":
