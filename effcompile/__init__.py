@@ -12,6 +12,7 @@ from effcompile.explaining import explain
 from effcompile.exporting import export, load
 from effcompile.integrations.diffusers import diffusers
 from effcompile.integrations.sampler import sampler
+from effcompile.integrations.sampler_files import load_sampler
 from effcompile.integrations.transformers import kv_cache, prepare
 from effcompile.integrations.transformers_ranges import calibrate_kv
 from effcompile.report import summary as report
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "kv_cache",
     "load",
+    "load_sampler",
     "off",
     "prepare",
     "report",

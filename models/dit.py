@@ -193,6 +193,39 @@ class DiT(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.channels, size, size)
 
 
+class SizedDiT(nn.Module):
+    """Be a DiT that was trained for several sizes, in one graph for all: `size` says which it is, as `conditions` gives it."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        assert model.size is not None, "a model of one size needs no such thing"
+        self.model = model
+
+    def conditions(self, size: tuple[int, ...]) -> dict[str, Tensor]:
+        """Return what a latent of this size comes with."""
+        config = self.model.config
+        edge = size[-1]
+        return {"size": torch.tensor(0 if edge == config.latent else 1 + config.others.index(edge))}
+
+    def forward(self, latent: Tensor, time: Tensor, label: Tensor, size: Tensor) -> Tensor:
+        """Denoise as the model does; sizes of the latent may be symbols."""
+        model, config = self.model, self.model.config
+        assert model.size is not None, "checked before"
+        condition = model.time(time) + model.label(label) + model.size(size)
+        rows, columns = (edge // config.patch for edge in latent.shape[2:])
+        span, half = config.latent // config.patch, config.width // 2
+        places = [(torch.arange(count, device=latent.device) + 0.5) * (span / count) - 0.5 for count in (rows, columns)]
+        down, across = (sinusoid(axis, half).to(latent.dtype) for axis in places)
+        grid = torch.cat((down[:, None].expand(-1, columns, -1), across[None].expand(rows, -1, -1)), dim=-1)
+        x = model.patches(latent).flatten(2).transpose(1, 2) + grid.reshape(rows * columns, config.width)
+        for block in model.blocks:
+            x = block(x, condition)
+        shift, scale = model.ada(F.silu(condition)).chunk(2, dim=-1)
+        cells = model.out(modulate(model.norm(x), shift, scale))
+        cells = cells.view(-1, rows, columns, config.patch, config.patch, config.channels)
+        return cells.permute(0, 5, 1, 3, 2, 4).reshape(-1, config.channels, rows * config.patch, columns * config.patch)
+
+
 Region = Callable[..., Any]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from effcompile.cli import parameters as given
 from effcompile.cli.console import good, print_json, stdout, table
 from effcompile.core.errors import EffError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Place = Annotated[Path, typer.Argument(help="An artifact: a folder or a zip.", show_default=False)]
 Input = Annotated[
@@ -18,6 +22,8 @@ Input = Annotated[
 Text = Annotated[str | None, typer.Option("--text", help="A text that a decoder continues.", show_default=False)]
 Tokens = Annotated[int, typer.Option("--tokens", help="How many tokens to add to --text.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="A .npz for the outputs.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the noise that a sampler draws.")]
+Batch = Annotated[int, typer.Option("--batch", help="How many results a sampler makes, where no input says it.")]
 Provider = Annotated[str, typer.Option("--provider", help="What runs it: cpu, cuda, tensorrt.")]
 
 
@@ -26,19 +32,21 @@ def run(
     input: Input = None,
     text: Text = None,
     tokens: Tokens = 40,
+    seed: Seed = 0,
+    batch: Batch = 1,
     out: Out = None,
     provider: Provider = "cpu",
     trust: given.Trust = False,
     as_json: given.AsJson = False,
 ) -> int:
-    """Run an artifact on arrays or on a text; its files are hashed first."""
+    """Run an artifact on arrays or on a text, or the loop of an exported sampler; its files are hashed first."""
     import time
 
-    import numpy
-    import torch
-
     from effcompile.exporting import load
+    from effcompile.integrations.sampler_files import SCHEDULE
 
+    if (artifact / SCHEDULE).is_file():
+        return _sample(artifact, input, seed, batch, out, provider, trust, as_json)
     if (input is None) == (text is None):
         raise EffError(
             "EFF-E111", "give the inputs: either --input FILE.npz or --text TEXT", hint="eff show DIR lists them"
@@ -47,16 +55,28 @@ def run(
         return _continue(artifact, text, tokens, provider, as_json)
     assert input is not None
     session = load(artifact, provider=provider, trust=trust)
-    try:
-        with numpy.load(input, allow_pickle=False) as file:
-            values = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError) as error:
-        raise EffError(
-            "EFF-E111", f"{input} is no .npz of plain arrays: {error}", hint="numpy.savez(FILE, NAME=array, ...)"
-        ) from None
+    values = _arrays(input)
     begun = time.perf_counter()
     found = session(values)
-    seconds = time.perf_counter() - begun
+    return _tell(found, time.perf_counter() - begun, out, as_json)
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    import numpy
+    import torch
+
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise EffError(
+            "EFF-E111", f"{path} is no .npz of plain arrays: {error}", hint="numpy.savez(FILE, NAME=array, ...)"
+        ) from None
+
+
+def _tell(found: Mapping[str, Tensor], seconds: float, out: Path | None, as_json: bool) -> int:
+    import numpy
+
     if out is not None:
         numpy.savez(out, **{name: value.numpy() for name, value in found.items()})
     shapes = {name: list(value.shape) for name, value in found.items()}
@@ -70,6 +90,32 @@ def run(
     stdout().print(table("Outputs", ("name", "dtype", "shape"), rows))
     stdout().print(good(f"{seconds * 1e3:.1f} ms" + (f"; wrote {out}" if out else "")))
     return 0
+
+
+def _sample(
+    folder: Path, input: Path | None, seed: int, batch: int, out: Path | None, provider: str, trust: bool, as_json: bool
+) -> int:
+    import time
+
+    import torch
+
+    from effcompile.integrations.sampler_files import load_sampler, read_loop
+
+    loop = read_loop(folder)
+    given = {} if input is None else _arrays(input)
+    if odd := [name for name in given if name not in (*loop.arguments, "noise")]:
+        raise EffError(
+            "EFF-E111", f"the denoiser takes no `{odd[0]}`; it takes {', '.join(loop.arguments) or 'nothing'}"
+        )
+    if lacking := [name for name in loop.arguments if name not in given]:
+        raise EffError("EFF-E111", f"input `{lacking[0]}` is missing", hint="--input FILE.npz; `noise` is drawn")
+    args = [given[name] for name in loop.arguments]
+    rows = next((len(value) for value in args if value.dim()), batch)
+    sampler = load_sampler(folder, provider=provider, trust=trust)
+    noise = given.get("noise", (rows, loop.channels))
+    begun = time.perf_counter()
+    found = sampler(noise, *args, generator=torch.Generator().manual_seed(seed))
+    return _tell({"result": found}, time.perf_counter() - begun, out, as_json)
 
 
 def _continue(artifact: Path, text: str, most: int, provider: str, as_json: bool) -> int:

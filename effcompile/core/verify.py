@@ -12,6 +12,9 @@ from effcompile.core.rewrite import require_inputs
 SHORTENED = "eff.shortened"
 """The mark of a returned value that is shorter than in the source because the user asked for that: a layer's cache."""
 
+CARRIED = "eff.carried"
+"""The mark of a value that a program returns behind its own results: state that a policy carries from call to call."""
+
 
 def verify(before: Program, after: Program, name: str) -> Program:
     """Return `after`; raise EFF-X901 naming the pass where it broke the contract of a rewrite."""
@@ -64,4 +67,4 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
         return node
 
     fx.node.map_arg(output.args, collect)
-    return flat
+    return [node for node in flat if not node.meta.get(CARRIED)]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effcompile.backend import backend
 from effcompile.compiler import all_methods
@@ -24,6 +24,7 @@ from effcompile.core.errors import EffError
 from effcompile.core.plan import Plan
 from effcompile.core.policy import read_policy
 from effcompile.core.schedule import CACHE, SCHEDULE, Caching, Denoising, Schedule, ScheduleWarning, Size, doubts
+from effcompile.integrations.diffusers_sizes import latent_size, layout, sized, sizes_of
 from effcompile.integrations.sampler import plan_schedule
 from effcompile.runtime.step_memory import StepMemory
 
@@ -47,6 +48,19 @@ class Prepared:
     memories: list[StepMemory] = field(default_factory=list)
     computed: list[bool] = field(default_factory=list)
     made: Schedule | None = None
+    brief: bool = False
+
+    def compile_ahead(self, **given: Any) -> None:
+        """Call the pipeline with what a run will be given, for one step in each size, so that a run compiles nothing.
+
+        The noise is of a generator of its own; callbacks are not called.
+        """
+        more = {"callback_on_step_end": None, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        self.brief = True
+        try:
+            self.pipe(**{**given, **more})
+        finally:
+            self.brief = False
 
     @property
     def plan(self) -> Plan:
@@ -81,8 +95,8 @@ def diffusers(
     """Return the pipeline, which samples by a schedule from now on.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers whose denoiser is `pipe.transformer`, with an Euler flow-matching or a trailing
-            DDIM scheduler.
+        pipe: a text-to-image or text-to-video pipeline of diffusers whose denoiser is `pipe.transformer` or `pipe.unet`, with an
+            Euler flow-matching or a trailing DDIM scheduler.
         schedule: a policy of family `schedule`. `plain` without a number of steps, and `predict-x0`, take `num_inference_steps`.
         cache: a policy of family `cache` that keeps the transformer's output.
         least: (height, width) of the smallest latent that the model was trained at; without it a smaller stage is refused.
@@ -107,9 +121,8 @@ def diffusers(
         )
     inner = denoiser(pipe)
     packed = hasattr(pipe, "_pack_latents")
-    walk = Walk(*(_packing() if packed else (lambda x, size: x, lambda x: x)))
-    facts = {"least": least, "distilled": distilled, "patch": _patch(inner, packed), "multiple": _patch(inner, packed)}
-    facts |= {"width": _width(inner)}
+    walk = Walk(*layout(pipe, packed))
+    facts = {"least": least, "distilled": distilled, **sizes_of(inner, packed)}
     made = scheduled(pipe.scheduler, walk)
     held = Prepared(pipe, facts, schedule, cache, walk, pipe.scheduler, inner.forward)
     edge = int(getattr(getattr(inner, "config", None), "sample_size", 0) or 64)
@@ -126,45 +139,26 @@ def diffusers(
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """Return the transformer of a pipeline.
+    """Return the transformer or UNet of a pipeline.
 
     Raises:
         EffError: EFF-D109 where it has none, or none that we know how to give sizes to.
     """
-    found = getattr(pipe, "transformer", None)
+    found = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if not isinstance(found, nn.Module) or not hasattr(pipe, "prepare_latents") or not hasattr(pipe, "scheduler"):
         raise EffError(
             "EFF-D109",
-            f"{type(pipe).__name__} has no `transformer`, `scheduler` and `prepare_latents` to work with",
+            f"{type(pipe).__name__} has no `transformer` or `unet`, `scheduler` and `prepare_latents` to work with",
+            hint="eff.sampler drives a denoiser of any kind in your own loop",
+        )
+    config = getattr(pipe, "config", {})
+    if getattr(pipe, "transformer_2", None) is not None or config.get("expand_timesteps"):
+        raise EffError(
+            "EFF-D109",
+            f"{type(pipe).__name__} has two transformers, or a time for each token",
             hint="eff.sampler drives a denoiser of any kind in your own loop",
         )
     return found
-
-
-def _packing() -> tuple[Callable[[Tensor, Size], Tensor], Callable[[Tensor], Tensor]]:
-    """Return how latents of FLUX come out of their tokens `[B, T, 4 C]` of 2 x 2 values, and go back."""
-
-    def unpack(x: Tensor, size: Size) -> Tensor:
-        height, width = size
-        cells = x.view(x.shape[0], height // 2, width // 2, x.shape[2] // 4, 2, 2)
-        return cells.permute(0, 3, 1, 4, 2, 5).reshape(x.shape[0], x.shape[2] // 4, height, width)
-
-    def pack(x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        cells = x.view(batch, channels, height // 2, 2, width // 2, 2)
-        return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-    return unpack, pack
-
-
-def _patch(inner: nn.Module, packed: bool) -> int:
-    return 2 if packed else int(getattr(getattr(inner, "config", None), "patch_size", 1) or 1)
-
-
-def _width(inner: nn.Module) -> int:
-    config = getattr(inner, "config", None)
-    heads, size = (int(getattr(config, name, 0) or 0) for name in ("num_attention_heads", "attention_head_dim"))
-    return heads * size
 
 
 def _preparing(held: Prepared, own: Callable[..., Any], packed: bool) -> Callable[..., Any]:
@@ -175,21 +169,15 @@ def _preparing(held: Prepared, own: Callable[..., Any], packed: bool) -> Callabl
     def prepare(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(own).bind(*args, **kwargs)
         height, width = given.arguments["height"], given.arguments["width"]
-        factor = held.pipe.vae_scale_factor
-        # FLUX rounds to whole tokens, as its own prepare_latents does.
-        size = (
-            (2 * (height // (2 * factor)), 2 * (width // (2 * factor)))
-            if packed
-            else (height // factor, width // factor)
-        )
+        size = latent_size(held.pipe, height, width, given.arguments.get("num_frames"), packed)
 
         # Sizes do not depend on shift and steps, which the pipeline tells apart.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)
             first = _plan(held, size, 1.0, 50, None).stages[0].size
         held.walk.prepare(partial(_plan, held, size, cache=held.cache), given.arguments.get("generator"))
-        given.arguments["height"] = height * first[0] // size[0]
-        given.arguments["width"] = width * first[1] // size[1]
+        given.arguments["height"] = height * first[-2] // size[-2]
+        given.arguments["width"] = width * first[-1] // size[-1]
         return own(*given.args, **given.kwargs)
 
     assert {"height", "width", "generator"} <= set(names), "prepare_latents of another kind"
@@ -200,7 +188,15 @@ def _nominal(held: Prepared, size: Size, shift: float, steps: int) -> Schedule:
     """Return a plan for the model's own size, as long as no other is known; what is wrong with sizes is told when they are."""
     usual = {**held.of, "least": (1, 1), "multiple": 1}
     of = Denoising(size, steps=steps, shift=shift, process=_process(held), **usual)
-    return plan_schedule(of, held.schedule, held.cache)
+    return _brief(held, plan_schedule(of, held.schedule, held.cache))
+
+
+def _brief(held: Prepared, schedule: Schedule) -> Schedule:
+    """Return the schedule, or one step in each of its stages where graphs are to be compiled ahead."""
+    if not held.brief:
+        return schedule
+    stages = tuple(replace(stage, levels=stage.levels[:1]) for stage in schedule.stages)
+    return replace(schedule, stages=stages, caching=None, policy="")
 
 
 def _plan(held: Prepared, size: Size, shift: float, steps: int, cache: str | None) -> Schedule:
@@ -208,8 +204,8 @@ def _plan(held: Prepared, size: Size, shift: float, steps: int, cache: str | Non
     of = Denoising(size, steps=steps, shift=shift, process=_process(held), **held.of)
     if getattr(held.scheduler.config, "use_dynamic_shifting", False):
         of = replace(of, form="exponential")
-    schedule = plan_schedule(of, held.schedule, cache)
-    for doubt in doubts(schedule, of):
+    schedule = _brief(held, plan_schedule(of, held.schedule, cache))
+    for doubt in doubts(schedule, of) if not held.brief else ():
         warnings.warn(doubt, ScheduleWarning, stacklevel=3)
     held.made, held.memories, held.computed = schedule, [], []
     return schedule
@@ -228,7 +224,7 @@ def _answering(held: Prepared, own: Callable[..., Any], packed: bool) -> Callabl
         if walk.trajectory is None:
             return own(*args, **kwargs)
         step, size = walk.step, walk.size
-        kwargs = _sized(held, kwargs, size, packed)
+        kwargs = sized(held.pipe, kwargs, size, walk.trajectory.schedule.stages[-1].size, packed)
         caching = walk.trajectory.schedule.caching
         if caching is None:
             return own(*args, **kwargs)
@@ -256,22 +252,3 @@ def _memory(held: Prepared, caching: Caching) -> StepMemory:
     while len(held.memories) <= number:
         held.memories.append(StepMemory(caching))
     return held.memories[number]
-
-
-def _sized(held: Prepared, kwargs: dict[str, Any], size: Size, packed: bool) -> dict[str, Any]:
-    """Return the keyword arguments with positions and resolutions of the stage's size."""
-    assert held.made is not None, "a run has a schedule"
-    whole = held.made.stages[-1].size
-    if size == whole and not packed:
-        return kwargs
-    found = dict(kwargs)
-    ids = found.get("img_ids")
-    if packed and ids is not None:
-        height, width = size
-        if ids.shape[0] != (height // 2) * (width // 2):
-            found["img_ids"] = held.pipe._prepare_latent_image_ids(1, height // 2, width // 2, ids.device, ids.dtype)
-    more = found.get("added_cond_kwargs")
-    if more and more.get("resolution") is not None:
-        share = torch.tensor([size[0] / whole[0], size[1] / whole[1]], device=more["resolution"].device)
-        found["added_cond_kwargs"] = {**more, "resolution": (more["resolution"] * share).to(more["resolution"].dtype)}
-    return found

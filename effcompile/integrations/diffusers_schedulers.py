@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from effcompile.core.errors import EffError
@@ -141,17 +142,19 @@ class ScheduledEuler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         return _Result(found) if return_dict else (found,)
 
 
-class ScheduledDDIM(DDIMScheduler):  # type: ignore[misc]
-    """A variance preserving process by DDIM along a schedule; a learnt variance in the answer is cut off by the pipeline."""
+class _Timesteps:
+    """Walk along whole timesteps of a variance preserving process; mixed in before a scheduler of diffusers."""
 
     walk: Walk
     timesteps: Tensor
+    mixed = False
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps of all stages, one behind the other."""
-        super().set_timesteps(num_inference_steps, device)
-        kind: Any = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}[self.config.prediction_type]
-        process = VariancePreserving(self.alphas_cumprod.float(), kind)
+        super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        own: Any = self
+        kind: Any = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}[own.config.prediction_type]
+        process = VariancePreserving(own.alphas_cumprod, kind, self.mixed)
         schedule = self.walk.planned(1.0, num_inference_steps, lambda made: self.walk.begin(made, process))
         flat = [round(level) for stage in schedule.stages for level in stage.levels]
         self.timesteps = torch.tensor(flat, dtype=torch.int64, device=device)
@@ -162,6 +165,16 @@ class ScheduledDDIM(DDIMScheduler):  # type: ignore[misc]
         """Go one step on, into the next stage behind the last step of one."""
         found = self.walk.advance(sample, model_output)
         return _Result(found) if return_dict else (found,)
+
+
+class ScheduledDDIM(_Timesteps, DDIMScheduler):  # type: ignore[misc]
+    """Walk by DDIM; a learnt variance in the answer is cut off by the pipeline."""
+
+
+class ScheduledCogVideoX(_Timesteps, CogVideoXDDIMScheduler):  # type: ignore[misc]
+    """Walk by CogVideoX's DDIM, whose signal over noise is shifted, and may be nothing at the first timestep."""
+
+    mixed = True
 
 
 class _Result(tuple[Tensor]):
@@ -182,21 +195,32 @@ def scheduled(scheduler: Any, walk: Walk) -> Any:
     Raises:
         EffError: EFF-D109 for a scheduler whose steps are neither Euler's nor DDIM's.
     """
+    made: Any = None
+    config = scheduler.config if isinstance(scheduler, SchedulerMixin) else {}
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        plain = not (scheduler.config.get("invert_sigmas") or scheduler.config.get("stochastic_sampling"))
-        if plain:
-            made = ScheduledEuler.from_config(scheduler.config)
-            made.walk = walk
-            return made
+        if not (config.get("invert_sigmas") or config.get("stochastic_sampling")):
+            made = ScheduledEuler.from_config(config)
+    elif isinstance(scheduler, CogVideoXDDIMScheduler):
+        if config.timestep_spacing == "trailing" and config.set_alpha_to_one:
+            made = ScheduledCogVideoX.from_config(config)
     elif isinstance(scheduler, DDIMScheduler):
-        config = scheduler.config
         plain = not (config.clip_sample or config.thresholding or config.rescale_betas_zero_snr)
         if plain and config.timestep_spacing == "trailing" and config.set_alpha_to_one:
             made = ScheduledDDIM.from_config(config)
-            made.walk = walk
-            return made
-    raise EffError(
-        "EFF-D109",
-        f"schedules walk by Euler (flow matching) or DDIM, and the pipeline has {type(scheduler).__name__}",
-        hint='DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)',
-    )
+    if made is None:
+        raise EffError(
+            "EFF-D109",
+            f"schedules walk by Euler (flow matching) or DDIM, and the pipeline has {type(scheduler).__name__}",
+            hint=_other(config),
+        )
+    made.walk = walk
+    return made
+
+
+def _other(config: Any) -> str:
+    """Return how to get a scheduler that can be walked."""
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        shift = config.get("flow_shift", 1.0)
+        return f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={shift})"
+    kind = "CogVideoXDDIMScheduler" if "snr_shift_scale" in config else "DDIMScheduler"
+    return f'{kind}.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)'

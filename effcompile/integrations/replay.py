@@ -18,11 +18,12 @@ from effcompile.core.errors import ContractError, EffError
 from effcompile.core.options import Options
 from effcompile.core.policy import read_policy
 from effcompile.core.program import Input, Program
+from effcompile.core.site import AttentionSite
 from effcompile.passes.attention.re_ttention import Phase, ReTtention
 from effcompile.passes.attention.replay import Residual, replay
 from effcompile.passes.recognize.attention import Recognized
 from effcompile.runtime.replayed import Graph, Phases, ReplayedDenoiser
-from effcompile.targets.detect import detect
+from effcompile.targets.detect import detect, free_memory
 
 
 def replayed(denoiser: Any, policy: str | ReTtention, *, emit: str = "inductor") -> ReplayedDenoiser:
@@ -30,7 +31,7 @@ def replayed(denoiser: Any, policy: str | ReTtention, *, emit: str = "inductor")
 
     Raises:
         EffError: EFF-D112 where it is no module, or for another policy. A shape of which no attention can be replayed raises it at
-            the first call, with the reason of each site (exit code 3).
+            the first call, with the reason of each site (exit code 3), and EFF-D115 where its state is larger than free memory.
     """
     if isinstance(policy, str):
         found = read_policy("attention", policy, all_methods())
@@ -52,43 +53,70 @@ def _phases(denoiser: nn.Module, policy: ReTtention, args: tuple[Any, ...], emit
     copied = tuple(x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in args)
     with torch.no_grad():
         program = capture_export(torch.export.export(denoiser, copied, strict=False))
-        made: dict[str, Graph] = {}
         state: dict[str, Tensor] = {}
-        for phase in get_args(Phase):
-            made[phase], carried = _graph(program, policy, phase, copied, Options(strict=True, emit=emit))
-            for one in carried.values():
-                fresh = one.state(torch.device(program.device))
-                state.update({name: x for name, x in fresh.items() if name not in state})
+        options = Options(strict=True, emit=emit)
+        made = {phase: _graph(program, policy, phase, copied, state, options) for phase in get_args(Phase)}
     return Phases(made, state)
 
 
 def _graph(
-    program: Program, policy: ReTtention, phase: Phase, args: tuple[Any, ...], options: Options
-) -> tuple[Graph, Mapping[str, Residual]]:
-    carried: dict[str, Residual] = {}
+    program: Program,
+    policy: ReTtention,
+    phase: Phase,
+    args: tuple[Any, ...],
+    state: dict[str, Tensor],
+    options: Options,
+) -> Graph:
+    """Return the graph of a phase; state that it carries and that is not there yet is made, where there is memory for it."""
 
     def storing(found: Recognized) -> Any:
-        refusals = {site.id: policy.refuses(site) for site in found.sites}
-        taken = [site for site in found.sites if refusals[site.id] is None]
-        if not taken:
-            why = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items()) or "no attention was found"
-            raise ContractError("EFF-D112", f"no attention can be replayed: {why}")
-        changed, residuals = replay(found.program, taken, policy, phase)
-        carried.update(residuals)
+        changed, residuals = replay(found.program, replayable(found, policy), policy, phase)
+        _make_state(state, residuals, torch.device(program.device))
         left = found.sites if phase == "dense" else tuple(site for site in found.sites if site.id not in residuals)
         return replace(found, program=changed, sites=left), (), ()
 
     compiled = compile_program(program, detect(program.device), options, Dump(None), storing=storing)
     (entry,) = compiled.program.entries
     names = tuple(entry.inputs)
-    example = {name: x for one in carried.values() for name, x in one.state(torch.device(program.device)).items()}
-    run = emit_graph(entry.graph, _arguments(names, example, args), options)
+    run = emit_graph(entry.graph, _arguments(names, state, args), options)
 
-    def call(state: Mapping[str, Tensor], given: tuple[Any, ...]) -> Tensor:
-        answer: Tensor = run(*_arguments(names, state, given))[0]
+    def call(held: Mapping[str, Tensor], given: tuple[Any, ...]) -> Tensor:
+        answer: Tensor = run(*_arguments(names, held, given))[0]
         return answer
 
-    return call, carried
+    return call
+
+
+def replayable(found: Recognized, policy: ReTtention) -> tuple[AttentionSite, ...]:
+    """Return the sites that the policy takes.
+
+    Raises:
+        ContractError: EFF-D112 where there is none, with the reason of each.
+    """
+    refusals = {site.id: policy.refuses(site) for site in found.sites}
+    taken = tuple(site for site in found.sites if refusals[site.id] is None)
+    if not taken:
+        why = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items()) or "no attention was found"
+        raise ContractError("EFF-D112", f"no attention can be replayed: {why}")
+    return taken
+
+
+def _make_state(state: dict[str, Tensor], residuals: Mapping[str, Residual], device: torch.device) -> None:
+    """Add what sites carry.
+
+    Raises:
+        ContractError: EFF-D115 where it would take more memory than is free.
+    """
+    fresh = [one for one in residuals.values() if f"{one.site}.rho" not in state]
+    needed, free = sum(one.nbytes for one in fresh), free_memory(device.type)
+    if free is not None and needed > free:
+        raise ContractError(
+            "EFF-D115",
+            f"what {len(fresh)} layers carry from step to step takes {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free",
+            hint="re-ttention{dense_layers=N} leaves the first N layers out; or a smaller batch",
+        )
+    for one in fresh:
+        state.update(one.state(device))
 
 
 def _arguments(names: tuple[Input, ...], state: Mapping[str, Tensor], args: tuple[Any, ...]) -> list[Any]:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from effcompile.backend import backend
 from effcompile.compiler import all_methods
+from effcompile.core.artifact import Manifest
 from effcompile.core.errors import EffError
 from effcompile.core.plan import Plan
 from effcompile.core.policy import read_policy
@@ -30,6 +32,7 @@ from effcompile.core.schedule import (
 )
 from effcompile.cost.steps import ScheduleCost, estimate_schedule
 from effcompile.integrations.replay import replayed
+from effcompile.integrations.sampler_export import export_sampler
 from effcompile.runtime.editing import edit_latents
 from effcompile.runtime.processes import DiffusionProcess
 from effcompile.runtime.sampler import Denoiser, Regions, Sampler
@@ -38,9 +41,26 @@ from effcompile.runtime.sampler import Denoiser, Regions, Sampler
 class PlannedSampler(Sampler):
     """Sample by a schedule that a policy made; `plan` holds it, and `estimate` says what it costs."""
 
-    def __init__(self, of: Denoising, denoiser: Denoiser | Regions, schedule: Schedule, **more: Any) -> None:
+    def __init__(
+        self,
+        of: Denoising,
+        denoiser: Denoiser | Regions,
+        schedule: Schedule,
+        *,
+        source: Any = None,
+        replay: str = "",
+        **more: Any,
+    ) -> None:
         super().__init__(denoiser, schedule, **more)
-        self.of = of
+        self.of, self._source, self._replay = of, source, replay
+
+    def export(self, out: str | Path, batch: int, channels: int, *args: Tensor, **more: Any) -> tuple[Manifest, ...]:
+        """Write the denoiser, for all sizes of the schedule, and the schedule to a folder: `eff.load_sampler`, `eff run`.
+
+        `args` are what the denoiser takes beside latent and time. More arguments and errors as in `sampler_export.export_sampler`.
+        """
+        source = getattr(self._source, "_orig_mod", self._source)  # what torch.compile was given
+        return export_sampler(self, source, out, batch, channels, args, replay=self._replay, **more)
 
     @property
     def plan(self) -> Plan:
@@ -132,7 +152,8 @@ def sampler(
         parts: Denoiser | Regions = replayed(denoiser, replay, emit="inductor" if compiled else "interpreter")
     else:
         parts = _compiled(denoiser, options) if compiled else denoiser
-    return PlannedSampler(of, parts, made, process=process, time_scale=time_scale, conditions=conditions)
+    loop = {"process": process, "time_scale": time_scale, "conditions": conditions}
+    return PlannedSampler(of, parts, made, source=denoiser, replay=replay or "", **loop)
 
 
 def plan_schedule(of: Denoising, schedule: str | StepSchedule, cache: str | StepCache | None) -> Schedule:

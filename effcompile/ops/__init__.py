@@ -16,6 +16,7 @@ def register() -> None:
         attention,
         attention_blocks,
         attention_epilogue,
+        attention_ordered,
         attention_span,
         attention_tokens,
         block_scores,
@@ -39,15 +40,16 @@ def register() -> None:
         unequal_experts,
         versatile_ffn,
     )
-    from effcompile.ops.selectors import antidiagonal, pages, pooled, tail, topk, vertical_slash
+    from effcompile.ops.selectors import antidiagonal, clusters, pages, pooled, tail, topk, vertical_slash
     from effcompile.ops.tokens import mass
 
-    selectors = (topk, pages, antidiagonal, pooled, vertical_slash, tail)
+    selectors = (topk, pages, antidiagonal, pooled, vertical_slash, clusters, tail)
     with_kernels = (flash, block_sparse, paged_decode, block_scores, column_scores, int8_attention)
     plain = (
         attention,
         attention_blocks,
         attention_epilogue,
+        attention_ordered,
         attention_span,
         attention_tokens,
         blocks,

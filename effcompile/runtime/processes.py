@@ -6,7 +6,7 @@ Each operation and each cast is that of the stock scheduler, so that one stage i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,10 +45,15 @@ class FlowMatching(DiffusionProcess):
 
 @dataclass(frozen=True)
 class VariancePreserving(DiffusionProcess):
-    """Follow DDIM without added noise. `alphas` float32 `[T]` are the cumulative products, a level is a timestep, -1 is data."""
+    """Follow DDIM without added noise. `alphas` `[T]` are the cumulative products, a level is a timestep, -1 is data.
+
+    `mixed` steps from x and the predicted data instead of data and noise, as CogVideoX's scheduler does: the same numbers but for
+    rounding, and no division by the root of alpha, which is 0 at the first timestep of a process without signal there.
+    """
 
     alphas: Tensor
     prediction: Prediction = "epsilon"
+    mixed: bool = False
 
     @classmethod
     def scaled_linear(
@@ -60,7 +65,7 @@ class VariancePreserving(DiffusionProcess):
 
     def shifted(self, scale: float) -> VariancePreserving:
         """Return the process with its signal over noise divided by `scale` (CogVideoX)."""
-        return VariancePreserving(self.alphas / (scale + (1 - scale) * self.alphas), self.prediction)
+        return replace(self, alphas=self.alphas / (scale + (1 - scale) * self.alphas))
 
     def step(self, x: Tensor, out: Tensor, level: float, after: float) -> Tensor:
         """Return x at the earlier timestep `after`."""
@@ -72,6 +77,9 @@ class VariancePreserving(DiffusionProcess):
             data, noise = (now**0.5) * x - (beta**0.5) * out, (now**0.5) * out + (beta**0.5) * x
         else:
             data, noise = out, (x - now**0.5 * out) / beta**0.5
+        if self.mixed:
+            kept = ((1 - then) / (1 - now)) ** 0.5
+            return kept * x + (then**0.5 - now**0.5 * kept) * data
         return then**0.5 * data + (1 - then) ** 0.5 * noise
 
     def noised(self, data: Tensor, noise: Tensor, level: float) -> Tensor:
@@ -81,4 +89,5 @@ class VariancePreserving(DiffusionProcess):
 
     def _alpha(self, level: float, like: Tensor) -> Tensor:
         found = torch.tensor(1.0) if level < 0 else self.alphas[int(level)]
-        return found.to(device=like.device, dtype=torch.float32)
+        # No dimension: a product with it keeps the dtype of x, whatever precision the scheduler holds its alphas in.
+        return found.to(device=like.device, dtype=self.alphas.dtype)

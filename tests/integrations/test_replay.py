@@ -13,7 +13,7 @@ import effcompile as eff
 from effcompile.integrations.replay import replayed
 from effcompile.models import zoo
 from effcompile.passes.attention.re_ttention import ReTtention
-from effcompile.passes.attention.replay import place_major
+from effcompile.passes.attention.video import place_major
 from tests.support.denoisers import facts
 
 
@@ -158,3 +158,33 @@ def test_what_cannot_be_replayed_is_said() -> None:
     )
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="EFF-D112"), torch.no_grad():
         compiled(normal(1, 40, 32), torch.zeros(1))
+
+
+def test_state_that_does_not_fit_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 2 * 40 * (4 + 16 * 4)  # rho and residual of one layer with two heads of 16
+    monkeypatch.setattr("effcompile.integrations.replay.free_memory", lambda device: needed - 1)
+    with pytest.raises(eff.EffError, match=r"EFF-D115.*1 layers"):
+        replayed(Attend(), POLICIES["image"][0], emit="interpreter")(normal(1, 40, 32), torch.zeros(1))
+    monkeypatch.setattr("effcompile.integrations.replay.free_memory", lambda device: needed)
+    denoiser = replayed(Attend(), POLICIES["image"][0], emit="interpreter")
+    denoiser(normal(1, 40, 32), torch.zeros(1))
+    assert denoiser.nbytes == needed
+    monkeypatch.undo()
+    from effcompile.targets.detect import free_memory
+
+    assert (free_memory("cpu") or 0) > 2**20
+    assert free_memory("xpu") is None
+
+
+@pytest.mark.slow
+def test_compiled_graphs_take_a_time_that_is_expanded() -> None:
+    """A sampler passes one level for all rows of a batch, with stride 0; graphs have the strides of their example."""
+    model = zoo.load("dit-tiny").model
+    of = eff.Denoising((16, 16), steps=8)
+    labels = torch.arange(3)
+    found = []
+    for compiled in (False, True):
+        asked = {"replay": "re-ttention{keep=0.3,warmup=2,period=3}", "compiled": compiled}
+        sampler = eff.sampler(model, of, **asked)  # type: ignore[arg-type]
+        found.append(sampler((3, 4), labels, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(found[0], found[1], atol=1e-3)

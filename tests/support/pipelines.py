@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -137,6 +137,151 @@ def pixart() -> tuple[Any, dict[str, Any]]:
         "use_resolution_binning": False,
         "output_type": "latent",
     }
+
+
+def cogvideox(rotary: bool = True) -> tuple[Any, dict[str, Any]]:
+    """Return CogVideoX, with rotations (5B) or without (2B), and its arguments, for 9 frames of 128 x 96 pixels: 3 of 16 x 12."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=2,
+        sample_width=12,
+        sample_height=16,
+        sample_frames=9,
+        max_text_seq_length=6,
+        use_rotary_positional_embeddings=rotary,
+    ).eval()
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+    )
+    pipe = CogVideoXPipeline(None, None, None, transformer, scheduler)
+    return quiet(pipe), {**_prompts(), "num_frames": 9, "height": 128, "width": 96, "output_type": "latent"}
+
+
+def wan() -> tuple[Any, dict[str, Any]]:
+    """Return Wan and its arguments, for 9 frames of 128 x 128 pixels: 3 of 16 x 16; guidance calls the transformer twice."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+    pipe = WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=5.0), transformer)
+    return quiet(pipe), {**_prompts(), "num_frames": 9, "height": 128, "width": 128, "output_type": "latent"}
+
+
+def hunyuan_video() -> tuple[Any, dict[str, Any]]:
+    """Return HunyuanVideo and its arguments, for 9 frames of 128 x 128 pixels: 3 of 16 x 16; guidance is an embedding."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    ).eval()
+    pipe = HunyuanVideoPipeline(None, None, transformer, None, FlowMatchEulerDiscreteScheduler(shift=7.0), None, None)
+    return quiet(pipe), {
+        "prompt_embeds": normal(1, 6, 16),
+        "pooled_prompt_embeds": normal(1, 16, seed=2),
+        "prompt_attention_mask": torch.ones(1, 6),
+        "num_frames": 9,
+        "height": 128,
+        "width": 128,
+        "output_type": "latent",
+    }
+
+
+def _prompts() -> dict[str, Tensor]:
+    return {"prompt_embeds": normal(1, 6, 16), "negative_prompt_embeds": normal(1, 6, 16, seed=1)}
+
+
+def unet(**more: Any) -> Any:
+    """Return a UNet of two resolutions, with attention in the lower one."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **more,
+    ).eval()
+
+
+def stable_diffusion() -> tuple[Any, dict[str, Any]]:
+    """Return Stable Diffusion with trailing DDIM and its arguments, for 64 x 64 pixels: latents of 16 x 16."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"), None)
+    pipe = StableDiffusionPipeline(unet=unet(), vae=vae(), scheduler=scheduler, requires_safety_checker=False, **parts)
+    return quiet(pipe), {**_prompts(), "height": 64, "width": 64, "output_type": "latent"}
+
+
+def sdxl() -> tuple[Any, dict[str, Any]]:
+    """Return Stable Diffusion XL with trailing DDIM and its arguments, for 64 x 64 pixels: its UNet is told the sizes."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), None)
+    told = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    }
+    pipe = StableDiffusionXLPipeline(unet=unet(**told), vae=vae(), scheduler=scheduler, add_watermarker=False, **parts)
+    more = {"pooled_prompt_embeds": normal(1, 16, seed=2), "negative_pooled_prompt_embeds": normal(1, 16, seed=3)}
+    return quiet(pipe), {**_prompts(), **more, "height": 64, "width": 64, "output_type": "latent"}
+
+
+def sample(pipe: Any, given: dict[str, Any], steps: int = 5, seed: int = 0, **more: Any) -> Any:
+    """Return what a pipeline makes: images or frames."""
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(**given, num_inference_steps=steps, generator=generator, return_dict=False, **more)[0]
+
+
+def shapes(inner: nn.Module) -> list[tuple[int, ...]]:
+    """Return a list that gets the shape of each call's latents."""
+    seen: list[tuple[int, ...]] = []
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(tuple((kwargs.get("hidden_states") if "hidden_states" in kwargs else args[0]).shape))
+
+    inner.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
 
 
 def quiet(pipe: Any) -> Any:
