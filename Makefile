@@ -50,8 +50,8 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:                  ## What needs a GPU: correctness, then kernels against their peers; 20 minutes, JSON into bench/results
 	$(GPU_PYTHON) -m pytest -m gpu -rs -p no:cacheprovider tests/gpu
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(GPU_PYTHON) -m effcompile bench gpu-attention gpu-decode gpu-moe --device cuda $(ARGS); \
-	else echo "gpu-attention, gpu-decode and gpu-moe skipped: torch sees no CUDA device"; fi
+	  $(GPU_PYTHON) -m effcompile bench gpu-attention gpu-decode gpu-moe gpu-dit --device cuda $(ARGS); \
+	else echo "gpu-attention, gpu-decode, gpu-moe and gpu-dit skipped: torch sees no CUDA device"; fi
 
 bench: $(VENV)/.dev   ## Every case against its peers, interleaved; JSON into bench/results
 	$(BIN)/eff bench $(ARGS)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LAUNCHES = {
     "eff::attention_blocks_v1": "attention_blocks:attend",
+    "eff::attention_epilogue_v1": "attention_blocks:attend_epilogue",
     "eff::flash_v1": "flash:attend",
     "eff::block_sparse_v1": "block_sparse:attend",
     "eff::paged_decode_v1": "decode:attend",

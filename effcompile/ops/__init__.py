@@ -75,4 +75,5 @@ def register() -> None:
     kernels = importlib.import_module("effcompile.codegen.triton")
     caches = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
     experts = (moe.BLOCKS, moe_quantized.NAME)
-    kernels.register(bodies, opaque=("eff::attention_blocks_v1", "eff::int8_blocks_v1", *caches, *experts))
+    blocks_of = ("eff::attention_blocks_v1", "eff::attention_epilogue_v1", "eff::int8_blocks_v1")
+    kernels.register(bodies, opaque=(*blocks_of, *caches, *experts))

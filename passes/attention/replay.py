@@ -16,6 +16,7 @@ from effcompile.core.expr_eval import to_json
 from effcompile.core.program import Input, Program
 from effcompile.core.rewrite import Editor, copy_graph
 from effcompile.core.site import AttentionSite
+from effcompile.ops.attention_blocks import bounds
 from effcompile.passes.attention.re_ttention import Phase, ReTtention
 from effcompile.passes.attention.video import place_major
 
@@ -104,11 +105,15 @@ def _attend(
             order = place_major(tokens, text, frames, q.device)
             q, k, v = (x.index_select(2, order) for x in (q, k, v))
         count = -(-tokens // BLOCK)
-        chosen = torch.ones((k.shape[0], k.shape[1], count, count), dtype=torch.bool, device=q.device)
-        fixed: tuple[Any, ...] = ([], [], band, "zero", scale, BLOCK, BLOCK)
+        chosen = torch.ones((1, 1, count, count), dtype=torch.bool, device=q.device)
+        near, inside = chosen, band
+        if q.device.type != "cpu" and frames:
+            # Ranges of places beside text are no mask of the kernel for GPUs: there the band grows to whole blocks.
+            near, inside = bounds(band, (1, 1, tokens, tokens), (BLOCK, BLOCK), [], [], q.device)[1], everything
+        fixed: tuple[Any, ...] = ([], [], inside, "zero", scale, BLOCK, BLOCK)
         if phase == "refresh":
             out, whole = attend(q, k, v, chosen, None, None, [], [], everything, *fixed[3:])
-            narrow, part = attend(q, k, v, chosen, None, None, *fixed)
+            narrow, part = attend(q, k, v, near, None, None, *fixed)
             # In float32 and from the sums of scores: a ratio of probabilities would underflow.
             fresh = (part - whole).exp().clamp(max=1)
             rho.copy_(fresh)
@@ -116,7 +121,7 @@ def _attend(
         else:
             grown = (rho + growth).clamp(max=1)
             rho.copy_(grown)
-            out, _ = attend(q, k, v, chosen, grown, residual, *fixed)
+            out, _ = attend(q, k, v, near, grown, residual, *fixed)
         return out.index_select(2, order.argsort()) if frames else out
 
     return edit.inline(run, call.q, call.k, call.v, state["rho"], state["residual"])

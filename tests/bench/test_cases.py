@@ -35,6 +35,7 @@ NAMES = {
     "duo",
     "gpu-attention",
     "gpu-decode",
+    "gpu-dit",
     "gpu-moe",
     "kv-decode",
     "linear-table",

@@ -12,6 +12,7 @@ from effcompile.core.expr import BOOL, INT, TRUE, apply, const, load
 from effcompile.core.expr_eval import to_json
 from effcompile.core.mask import CAUSAL, B, K, Q
 from effcompile.ops import attention_blocks as op
+from effcompile.ops import attention_epilogue as epilogue
 from tests.support.attention import draw
 
 PREDICATES = {
@@ -73,3 +74,18 @@ def test_what_the_kernel_does_not_take() -> None:
     assert not kernel.takes("float64", 128, 64, 64)
     assert not kernel.takes("bfloat16", 320, 64, 64)
     assert not kernel.takes("bfloat16", 128, 64, 40)
+
+
+@given(st.sampled_from(("full", "causal", "window")), st.integers(1, 40), st.integers(0, 99), st.booleans())
+@settings(max_examples=settings.default.max_examples // 8)
+def test_the_epilogue_scales_rows_and_adds(name: str, rows: int, seed: int, plain: bool) -> None:
+    """The twin of the op with LSE, row scale and addend, as replayed attention calls it."""
+    q, k, v, chosen, *rest = call(name, rows, rows, 1.0, seed)
+    assert isinstance(q, Tensor)
+    scale, addend = draw((2, 2, rows), torch.float32, seed + 3).abs(), draw((2, 2, rows, 24), torch.float32, seed + 4)
+    more = (None, None) if plain else (scale, addend)
+    got, lse = kernel.attend_epilogue(q, k, v, chosen, *more, *rest)  # type: ignore[arg-type]
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v, chosen, *more)]
+    exact, of_exact = epilogue.attention_epilogue(*wide, *rest)  # type: ignore[arg-type]
+    assert torch.allclose(got.double(), exact, atol=1e-4)
+    assert torch.allclose(lse.double(), of_exact.double(), atol=1e-4)
