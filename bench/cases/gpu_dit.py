@@ -39,8 +39,8 @@ class GpuDit(Case):
     about: ClassVar[str] = (
         "Denoisers with the shapes of CogVideoX-2B, FLUX and PixArt at 1,024 pixels, fewer layers (a step of each is as in the "
         "model) and random weights, bfloat16, all compiled by eff. A call is a run, from noise to result; ratios are of runs, not "
-        "of steps. dense: every step and pair. One dense step is compared with eager in float32 first; apart is the RMS difference to "
-        "the dense run over its RMS, which on random weights says only that a policy is there."
+        "of steps. dense: every step and pair. One dense step is compared with eager in float32 first; apart is the RMS "
+        "difference to the dense run over its RMS, which on random weights says only that a policy is there."
     )
     form_words: ClassVar[tuple[str, ...]] = tuple(SHAPES)
     dtype_words: ClassVar[tuple[str, ...]] = ("bfloat16",)

@@ -24,8 +24,8 @@ ASSUMED = 0.3
 class Svg2(OrderedPattern):
     """Bring queries and keys together in clusters, and keep the pairs of clusters that hold `mass` of what their means attend to.
 
-    k-means makes `queries` clusters of queries and `keys` of keys in each head, with `rounds` updates from tokens at even
-    distances. A cluster of keys counts as often as it has tokens, and at least a share of `floor` of them is read. Blocks of
+    k-means makes `queries` clusters of queries and `keys` of keys in each head, with `rounds` updates from tokens spread
+    over all. A cluster of keys counts as often as it has tokens, and at least a share of `floor` of them is read. Blocks of
     `block` ordered tokens that a pair touches are computed whole: more is read than was chosen, never less. A graph sees one step,
     so k-means begins anew where the paper goes on from the step before. `text` tokens at the front read and are read by all.
     """

@@ -12,6 +12,7 @@ from effcompile.ops.attention import define
 from effcompile.ops.block_choice import bisected, top_k
 
 NAME = "eff::cluster_blocks_v1"
+_GOLDEN = 0.6180339887498949
 _CHUNK = 1 << 24  # distances that exist at a time
 
 
@@ -47,11 +48,13 @@ def cluster_blocks(
 def clusters(x: torch.Tensor, count: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (cluster of each token int64 `[B, H, N]`, means `[B, H, C, D]`, sizes `[B, H, C]`) of k-means with `rounds` updates.
 
-    It begins with tokens at even distances, so that it is the same at every call; a cluster that loses all tokens keeps its mean.
+    It begins with tokens at multiples of the golden ratio: the same at every call, spread over all, and in step with no frame. A
+    cluster that loses all of its tokens keeps its mean.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     batch, heads, tokens, width = wide.shape
-    places = ((torch.arange(count, device=x.device) + 0.5) * tokens / count).long()
+    turns = (torch.arange(1, count + 1, device=x.device, dtype=torch.float64) * _GOLDEN) % 1
+    places = (turns * tokens).long()
     means = wide[:, :, places]
     flat = wide.reshape(batch * heads, tokens, width)
     for number in range(rounds + 1):
