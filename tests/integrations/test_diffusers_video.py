@@ -167,18 +167,52 @@ def test_caches_of_diffusers_stay_in_place(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_offloading_stays_in_place(when: str) -> None:
-    """Group offloading moves weights around each layer's forward; on a machine without an accelerator, from host to host."""
+    """Offloading puts weights in around a module's forward: outside of it there are none, as with diffusers' hooks for it."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Offload(ModelHook):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.kept = {name: value.clone() for name, value in module.state_dict().items()}
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            module.load_state_dict(self.kept)
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return self.leave(module, output)
+
+        @torch.no_grad()
+        def leave(self, module: nn.Module, output: Any = None) -> Any:
+            for value in module.parameters():
+                value.fill_(torch.nan)
+            return output
+
+    def offload(pipe: Any) -> None:
+        inner = pipe.transformer
+        hook = Offload(inner)
+        HookRegistry.check_if_exists_or_initialize(inner).register_hook(hook, "offload")
+        hook.leave(inner)
+
     pipe, given = wan()
-    expected = sample(pipe, given)
-    place = torch.device("cpu")
-    asked = {"onload_device": place, "offload_device": place, "offload_type": "leaf_level"}
+    asked = {"schedule": "plain", "cache": "reuse{interval=2,warmup=1}"}
+    expected = sample(eff.diffusers(pipe, **asked), given)
     other, _ = wan()
     if when == "before":
-        other.transformer.enable_group_offload(**asked)
-    eff.diffusers(other, schedule="plain")
+        offload(other)
+    eff.diffusers(other, **asked)
     if when == "after":
-        other.transformer.enable_group_offload(**asked)
+        offload(other)
     assert torch.equal(sample(other, given), expected)
+    assert next(other.transformer.parameters()).isnan().all()
+
+
+def test_group_offloading_of_diffusers_stays_in_place() -> None:
+    pytest.importorskip("accelerate")
+    pipe, given = wan()
+    expected, place = sample(pipe, given), torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=place, offload_device=place, offload_type="leaf_level")
+    assert torch.equal(sample(eff.diffusers(pipe), given), expected)
 
 
 def test_what_cannot_be_walked_names_the_scheduler_that_can() -> None:
