@@ -55,7 +55,9 @@ class Prepared:
 
         The noise is of a generator of its own; callbacks are not called.
         """
-        more = {"callback_on_step_end": None, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        asked = {"callback_on_step_end": None, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        known = inspect.signature(self.pipe.__call__).parameters
+        more = {name: value for name, value in asked.items() if name in known}
         self.brief = True
         try:
             self.pipe(**{**given, **more})

@@ -196,7 +196,7 @@ def scheduled(scheduler: Any, walk: Walk) -> Any:
         EffError: EFF-D109 for a scheduler whose steps are neither Euler's nor DDIM's.
     """
     made: Any = None
-    config = scheduler.config if isinstance(scheduler, SchedulerMixin) else {}
+    config: Any = scheduler.config if isinstance(scheduler, SchedulerMixin) else {}
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if not (config.get("invert_sigmas") or config.get("stochastic_sampling")):
             made = ScheduledEuler.from_config(config)

@@ -34,8 +34,10 @@ def attention_ordered(
     place; chosen `[B|1, H', Qb, Kb]` bool, over places. Returns `[B, H, Q, Dv]`.
     """
     queries, keys, values = _ordered(q, q_order), _ordered(k, k_order), _ordered(v, k_order)
-    operands = (queries, keys, values, chosen, [], [], _EVERYTHING, "zero", scale, q_block, k_block)
-    out = torch.ops.eff.attention_blocks_v1(*operands)
+    none: list[torch.Tensor] = []
+    out = torch.ops.eff.attention_blocks_v1(
+        queries, keys, values, chosen, none, [], _EVERYTHING, "zero", scale, q_block, k_block
+    )
     return torch.empty_like(out).scatter_(2, q_order[..., None].expand_as(out), out)
 
 

@@ -6,8 +6,9 @@ places go in groups, and each group multiplies with the places around it alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,27 +42,22 @@ def replay_portable(
     edit, inputs = Editor(copy_graph(entry.graph)), list(entry.inputs)
     carried: list[Residual] = []
     results: list[Any] = []
+    made: Callable[..., Any]
     for node in list(edit.graph.nodes):
         site = chosen.get(node.meta.get("eff.site", ""))
         if site is None or node.target is not torch.ops.eff.attention_v1.default:
             continue
         value, call = node.meta["val"], AttentionCall.of(node)
         one = Residual(site.id, tuple(value.shape[:3]), tuple(value.shape), value.dtype)
+        given: tuple[Any, ...] = (call.q, call.k, call.v)
         if phase == "refresh":
-
-            def run(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, scale: float = call.scale) -> Any:
-                return refresh(q, k, v, policy, scale)
-
-            state: tuple[Any, ...] = ()
+            made = partial(refresh, policy=policy, scale=call.scale)
         else:
-
-            def run(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, scale: float = call.scale) -> Any:
-                return sparse(q, k, v, *state, policy, scale)
-
-            made = add_inputs(edit, inputs, one, value)
-            state = (made["rho"], made["residual"])
+            state = add_inputs(edit, inputs, one, value)
+            given = (*given, state["rho"], state["residual"])
+            made = partial(sparse, policy=policy, scale=call.scale)
         with edit.before(node):
-            out, *kept = edit.inline_all(run, call.q, call.k, call.v, *state)
+            out, *kept = edit.inline_all(made, *given)
         edit.replace(node, out)
         for result in kept:
             result.meta[CARRIED] = True
