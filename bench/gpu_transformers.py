@@ -20,7 +20,7 @@ class Shape:
     """Hold the sizes of a denoiser: its latent with frames first where there are any, and what a run of its pipeline has.
 
     `layers` are fewer than the model's own, so that a run ends in seconds; a step of each layer is as in the model. `replay` is how
-    Re-ttention's paper sets it for the model.
+    Re-ttention's paper sets it for the model, `low` the share of the edges in a low stage, which must be whole tokens.
     """
 
     size: Size
@@ -33,6 +33,7 @@ class Shape:
     batch: int
     replay: str
     channels: int = 16
+    low: float = 0.5
 
     @property
     def frames(self) -> int:
@@ -55,7 +56,9 @@ class Shape:
 
 
 SHAPES: Mapping[str, Shape] = {
-    "cogvideox-2b": Shape((13, 60, 90), 1920, 30, 226, 3, 30, 50, 2, "keep=0.03125,warmup=15,period=5"),
+    "cogvideox-2b": Shape(
+        (13, 60, 90), 1920, 30, 226, 3, 30, 50, 2, "keep=0.03125,warmup=15,period=5", low=0.6666666667
+    ),
     "flux": Shape((128, 128), 3072, 24, 512, 6, 57, 28, 1, "keep=0.03125,warmup=5,period=5"),
     "pixart-1024": Shape((128, 128), 1152, 16, 0, 7, 28, 20, 2, "keep=0.03125,warmup=5,period=5", 4),
 }
@@ -117,9 +120,11 @@ def ways(shape: Shape) -> dict[str, Way]:
         "svg2": Way(attention=f"svg2{{text={shape.text}}}"),
         "re-ttention": Way(replay=f"re-ttention{{{shape.replay}{',' + video if shape.frames else ''}}}"),
         "taylor-3": Way(cache="taylor{interval=3,warmup=3}"),
-        "bottleneck": Way("bottleneck{" + _thirds(shape.steps) + "}"),
-        "low-high": Way(f"predict-x0{{steps={shape.steps},scales=[0.5,1.0]}}"),
-        "low-high-taylor-3": Way(f"predict-x0{{steps={shape.steps},scales=[0.5,1.0]}}", "taylor{interval=3,warmup=3}"),
+        "bottleneck": Way(f"bottleneck{{{_thirds(shape.steps)},low={shape.low}}}"),
+        "low-high": Way(f"predict-x0{{steps={shape.steps},scales=[{shape.low},1.0]}}"),
+        "low-high-taylor-3": Way(
+            f"predict-x0{{steps={shape.steps},scales=[{shape.low},1.0]}}", "taylor{interval=3,warmup=3}"
+        ),
     }
     if shape.frames:
         found["svg"] = Way(attention=f"svg{{keep=0.25,{video}}}")
