@@ -71,7 +71,9 @@ class SparseQuality(BaseCase):
         "density and selector shares come from an eager run of the rewritten graph on the first window."
     )
     headline: ClassVar[bool] = False
-    adds_arms: ClassVar[bool] = True  # arms of a later run stand beside those of an earlier one; ratios are to their own
+    adds_arms: ClassVar[bool] = (
+        True  # arms of a later run stand beside those of an earlier one; ratios are to their own
+    )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     form_words: ClassVar[tuple[str, ...]] = FORMS
     model: str = "smollm2-135m"

@@ -218,6 +218,8 @@ def test_ops_are_registered_with_fakes() -> None:
     for op, rest in calls.items():
         opcheck(op.default, (*head, *rest), test_utils=("test_schema", "test_faketensor"))
     chosen = torch.ops.eff.topk_blocks_v1(*head, 0.3, 8, 8)
-    opcheck(torch.ops.eff.tail_blocks_v1.default, (*head, chosen, 20, 8, 8), test_utils=("test_schema", "test_faketensor"))
+    opcheck(
+        torch.ops.eff.tail_blocks_v1.default, (*head, chosen, 20, 8, 8), test_utils=("test_schema", "test_faketensor")
+    )
     one = (q[:, :, :1].clone(), k, [], [], to_json(apply("le", K, const(60))))
     opcheck(torch.ops.eff.pages_v1.default, (*one, 32, 2, 8, "mean"), test_utils=("test_schema", "test_faketensor"))
