@@ -105,7 +105,9 @@ def _sample(
     given = {} if input is None else _arrays(input)
     if odd := [name for name in given if name not in (*loop.arguments, "noise")]:
         raise EffError(
-            "EFF-E111", f"the denoiser takes no `{odd[0]}`; it takes {', '.join(loop.arguments) or 'nothing'}"
+            "EFF-E111",
+            f"the denoiser takes no `{odd[0]}`; it takes {', '.join(loop.arguments) or 'nothing'}",
+            hint="eff show DIR lists its inputs",
         )
     if lacking := [name for name in loop.arguments if name not in given]:
         raise EffError("EFF-E111", f"input `{lacking[0]}` is missing", hint="--input FILE.npz; `noise` is drawn")

@@ -95,7 +95,11 @@ def export_sampler(
         more: dict[str, Any] = {"to": to, "target": target, "say": say}
         if replay:
             if names:
-                raise EffError("EFF-E180", "attention is replayed in graphs of one size, which take no conditions")
+                raise EffError(
+                    "EFF-E180",
+                    "attention is replayed in graphs of one size, which take no conditions",
+                    hint="export without attention=, or a denoiser of its latent and time alone",
+                )
             policy = read_policy("attention", replay, all_methods())
             assert isinstance(policy, ReTtention), "the sampler checked it"
             for size in sizes:
@@ -141,7 +145,9 @@ def _whole(
         error = float((found - meant).abs().max() / meant.abs().max())
         if found.shape != meant.shape or not error < 1e-3:
             raise EffError(
-                "EFF-E110", f"at {word(size)} the export differs from eager by {error:.1e} of the largest value"
+                "EFF-E110",
+                f"at {word(size)} the export differs from eager by {error:.1e} of the largest value",
+                hint="flavor='portable' has the most exact forms; eff repro MODEL names the rewrite that does it",
             )
     return manifest
 

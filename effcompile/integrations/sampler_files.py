@@ -73,7 +73,11 @@ def process_json(process: DiffusionProcess) -> dict[str, Any] | None:
         wide = process.alphas.dtype == torch.float64
         return {"alphas": alphas, "wide": wide, "prediction": process.prediction, "mixed": process.mixed}
     if type(process).__name__ != "FlowMatching":
-        raise EffError("EFF-E180", f"a schedule file has no form for the process {type(process).__name__}")
+        raise EffError(
+            "EFF-E180",
+            f"a schedule file has no form for the process {type(process).__name__}",
+            hint="FlowMatching and VariancePreserving have one; run others with eff.sampler",
+        )
     return None
 
 
