@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import effcompile as eff
+from effcompile.codegen.onnx.generate import continuation
 from effcompile.codegen.onnx.probe import Probe
 from effcompile.core.errors import EffError
 from effcompile.core.export_form import Dialect
 from effcompile.core.rewrite import Editor, copy_graph
+from effcompile.export_checks import compare_call
 from effcompile.lowering.onnx.tensor_scatter import TensorScatter, open_writes
 from tests.integrations.test_prepare import llama, words
 from tests.lowering.onnx.test_forms import Called, places
@@ -85,6 +87,14 @@ def test_a_decoder_over_buffers(opset: int, flavor: str, form: str, tmp_path: Pa
             assert after.data_ptr() == value.data_ptr()
             assert bool((value[:, :, last:] == 7.0).all())
     torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=1e-4)
+    errors = compare_call(session, made, model, (ids,), {})  # what `eff verify --model` does
+    assert max(error for error, _ in errors.values()) < 1e-5
+    text = ids[0].tolist()
+    for token in continuation(session, made, ids[0].tolist(), 3):  # `eff run --text`
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([text])).logits[0, -1].argmax())
+        text.append(token)
+    assert len(text) == total + 3
 
 
 def test_what_has_no_buffers(tmp_path: Path) -> None:
