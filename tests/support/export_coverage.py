@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -77,7 +78,8 @@ def _built(row: Row) -> str:
         return "-"
     good = [chip for chip, told in found.items() if told == "yes"]
     chips = ", ".join(chip.removeprefix("sm_") for chip in good) or "none"
-    left = sorted({told for chip, told in found.items() if told != "yes" and chip != TURING})
+    told = (text for chip, text in found.items() if text != "yes" and chip != TURING)
+    left = sorted({re.sub(r" for SM\d+", "", text).strip() for text in told})
     return "; ".join([chips, *(text.replace("|", "or") for text in left)])
 
 
@@ -100,7 +102,7 @@ def page(rows: dict[str, Row]) -> str:
         "Runtime on a CPU. `points` are the batch sizes and lengths at which every output was compared with eager, `error` is",
         "the largest difference over the largest value of an output. Decoders take and return their cache. `RTX` are the chips",
         "(compute capability) for which TensorRT-RTX builds an engine of the same file; for 75, which has no products in float32,",
-        "it builds none. Written by `python -m tests.support.export_coverage --rtx --accept`.",
+        "it builds none, and `-` was not tried. Written by `python -m tests.support.export_coverage --rtx --accept`.",
         "",
         f"{len(good)} of {len(rows)} hold: {told}.",
         "",
