@@ -39,7 +39,7 @@ def test_one_graph_for_all_sizes_is_the_model() -> None:
         assert torch.allclose(got, meant, atol=1e-5)
 
 
-@pytest.mark.parametrize("process", ["flow", "vp"])
+@pytest.mark.parametrize("process", ["flow", pytest.param("vp", marks=pytest.mark.slow)])
 def test_a_schedule_of_two_sizes_runs_from_files(tmp_path: Path, process: str) -> None:
     model, label = two_sizes(), torch.tensor([1, 2, 3])
     of = eff.Denoising((8, 8), least=(4, 4), patch=2, multiple=2, process=process)  # type: ignore[arg-type]
@@ -64,6 +64,7 @@ def test_a_schedule_of_two_sizes_runs_from_files(tmp_path: Path, process: str) -
     assert read_loop(tmp_path / "out").schedule == sampler.schedule
 
 
+@pytest.mark.slow
 def test_replayed_attention_runs_from_two_models(tmp_path: Path) -> None:
     model, label = zoo.load("dit-tiny").model, torch.tensor([1, 2])
     of, policy = eff.Denoising((16, 16), steps=9), "re-ttention{keep=0.3,warmup=2,period=3}"
@@ -84,6 +85,7 @@ def test_replayed_attention_runs_from_two_models(tmp_path: Path) -> None:
     assert not torch.allclose(dense, expected, atol=1e-3), "the example tells replayed from dense"
 
 
+@pytest.mark.slow
 def test_eff_run_drives_the_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy
 
@@ -104,6 +106,7 @@ def test_eff_run_drives_the_loop(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "EFF-E111" in missing.out + missing.err
 
 
+@pytest.mark.slow
 def test_files_that_were_changed_are_refused(tmp_path: Path) -> None:
     sampler = eff.sampler(zoo.load("dit-tiny").model, eff.Denoising((16, 16), steps=2))
     out = tmp_path / "out"
