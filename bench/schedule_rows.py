@@ -12,9 +12,12 @@ import torch
 from bench.case import Watch
 from bench.clocks import timer_for
 from bench.frechet import distance, moments
+from bench.manifest import scrub
 from bench.rounds import interleave
 from bench.schedule_arms import ARMS, BASELINE, Samplers, draw, fitting
 from bench.stats import Spread, ratios
+from effcompile.core.errors import EffError
+from effcompile.integrations.sampler import PlannedSampler
 from effcompile.models.trained_digits_dit import HELD_OUT, digits, judge
 
 Json = dict[str, Any]
@@ -23,15 +26,21 @@ Json = dict[str, Any]
 def times(edge: int, names: Sequence[str], batch: int, rounds: int, warmup: int, watch: Watch) -> Json:
     """Let the arms take turns, a batch each; seconds are those of an image."""
     names = list(dict.fromkeys((BASELINE, *fitting(names, edge))))
-    samplers, made = {}, Samplers(edge)
+    made = Samplers(edge)
+    samplers: dict[str, PlannedSampler] = {}
+    arms: Json = {}
     for name in names:
         watch.say(f"compiling {name}")
-        samplers[name] = made.make(name)
-        draw(samplers[name], batch, torch.Generator().manual_seed(0))
+        try:
+            found = made.make(name)
+            draw(found, batch, torch.Generator().manual_seed(0))
+        except EffError as error:
+            arms[name] = {"error": scrub(f"{error.code} {error.message}")}
+            continue
+        samplers[name] = found
     calls = {name: partial(_draw, sampler, batch) for name, sampler in samplers.items()}
     taken = interleave(calls, timer_for("cpu"), rounds, warmup=warmup, tick=watch.tick)
     spreads = {name: spread.scaled(1 / batch) for name, spread in taken.items()}
-    arms = {}
     for name, sampler in samplers.items():
         cost = sampler.estimate()
         arms[name] = {
@@ -58,16 +67,21 @@ def quality(edge: int, names: Sequence[str], seed: int, count: int, batch: int, 
     with torch.no_grad():
         target = moments(seen.features(real[:-HELD_OUT]))
         floor = distance(moments(seen.features(real[-HELD_OUT:])), target)
-    made, arms = Samplers(edge), {}
+    made = Samplers(edge)
+    arms: Json = {}
     first = draw(made.make(BASELINE), batch, torch.Generator().manual_seed(seed))
     for name in fitting(names, edge):
         sampler, generator = made.make(name), torch.Generator().manual_seed(seed)
         images, seconds = [], []
-        for part in range(-(-count // batch)):
-            watch.say(f"{name}, {part * batch} of {count}")
-            begun = time.perf_counter()
-            images.append(draw(sampler, batch, generator))
-            seconds.append((time.perf_counter() - begun) / batch)
+        try:
+            for part in range(-(-count // batch)):
+                watch.say(f"{name}, {part * batch} of {count}")
+                begun = time.perf_counter()
+                images.append(draw(sampler, batch, generator))
+                seconds.append((time.perf_counter() - begun) / batch)
+        except EffError as error:
+            arms[name] = {"error": scrub(f"{error.code} {error.message}")}
+            continue
         watch.tick(name)
         with torch.no_grad():
             features = torch.cat([seen.features(part) for part in images])[:count]

@@ -72,7 +72,7 @@ def frontier(document: Json, model: str) -> list[Point]:
     speeds |= {item["arm"]: item["median"] for item in timed["ratios"] if item["to"] == BASELINE}
     found = []
     for name, arm in timed["arms"].items():
-        mine = [row["arms"][name]["frechet"] for row in seeds if name in row["arms"]]
+        mine = [row["arms"][name]["frechet"] for row in seeds if "frechet" in row["arms"].get(name, {})]
         if not mine or name not in speeds:
             continue
         pairs = [(row["arms"][name]["frechet"], curve) for row in seeds if (curve := _plain(row, speeds, name))]
@@ -85,9 +85,11 @@ def frontier(document: Json, model: str) -> list[Point]:
 
 def _plain(row: Json, speeds: Mapping[str, float], name: str) -> list[tuple[float, float]]:
     """Return (speed, distance) of the plain arms of a seed that also has the arm; nothing where it has not."""
-    if name not in row["arms"]:
+    if "frechet" not in row["arms"].get(name, {}):
         return []
-    return [(speeds[other], arm["frechet"]) for other, arm in row["arms"].items() if arm["plain"] and other in speeds]
+    return [
+        (speeds[other], arm["frechet"]) for other, arm in row["arms"].items() if arm.get("plain") and other in speeds
+    ]
 
 
 def markdown(documents: Sequence[Json]) -> str:
