@@ -24,7 +24,8 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 CACHES = tuple(f"eff::kv_attention_{form}_v1" for form in ("token8", "grouped", "rows", "planes", "mixed"))
 EXPERTS = ("eff::moe_blocks_v1", "eff::moe_quantized_v1")
-OPAQUE = ("eff::attention_blocks_v1", "eff::int8_blocks_v1", *CACHES, *EXPERTS)
+BLOCKS = ("eff::attention_blocks_v1", "eff::attention_epilogue_v1", "eff::int8_blocks_v1")
+OPAQUE = (*BLOCKS, *CACHES, *EXPERTS)
 
 
 @pytest.mark.parametrize("op", sorted(set(kernels.LAUNCHES) - set(OPAQUE)))
