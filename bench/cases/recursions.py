@@ -36,7 +36,7 @@ class RecursionsCase(Case):
     about: ClassVar[str] = (
         "A decoder of width 512 (8 heads, feed-forward 1,536), random weights: a first and a last layer, and 24 layers deep "
         "between them, made by 2, 3 or 4 recursions of one stack that share keys; `length` is tokens, batch 1. masked: the stack "
-        "on every token in each recursion, and a mask, compiled by eff without the pass prune-queries. eff: with it. All arms are "
+        "on every token in each recursion, and a mask, compiled here without the pass prune-queries. eff: with it. All arms are "
         "given the routing of the model (expert-choice, shares falling to 1/R), so that results can be compared."
     )
     devices: ClassVar[tuple[str, ...]] = ("cpu",)

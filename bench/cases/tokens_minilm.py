@@ -37,8 +37,8 @@ class TokensMiniLM(Case):
     headline: ClassVar[bool] = False
     about: ClassVar[str] = (
         "Unmodified transformers BertModel with the masked mean-pool, trained weights; long descriptions of the machine's Debian "
-        "packages in batches of 32 that are padded to 256 tokens, as many as the model was trained on. padded: eff without the "
-        "pass unpad; exact: eff as it is. A round is one batch, which every arm encodes. accuracy: R@1, whether a package's "
+        "packages in batches of 32 that are padded to 256 tokens, as many as the model was trained on. padded: ours without the "
+        "pass unpad; exact: ours as it is. A round is one batch, which every arm encodes. accuracy: R@1, whether a package's "
         "one-line synopsis (encoded eagerly) is nearest to its own description; points: the difference to the exact arm in "
         "percent, with a 95 % interval of the paired differences. cosine: of an arm's embeddings to the exact ones."
     )
