@@ -176,3 +176,11 @@ def size_hint(environment: Any, expression: Any) -> int:
     """Return the value that an expression of sizes has for what was traced; later torch has another name for it."""
     hint = getattr(environment, "guarding_hint_or_throw", None) or environment.size_hint
     return int(hint(expression))
+
+
+def symbolic_calls() -> AbstractContextManager[Any]:
+    """Let composite operations run on fake tensors of symbolic sizes, in Python: torch 2.11 does it in C++ and asks for numbers."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    made: AbstractContextManager[Any] = enable_python_dispatcher()
+    return made

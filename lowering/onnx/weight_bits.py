@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from effcompile.core import compat
 from effcompile.core.export_form import Dialect, OnnxForm, Placement, Sites
 from effcompile.core.rewrite import VALUE, Editor
 from effcompile.lowering.onnx.piece import hint
@@ -105,7 +106,8 @@ class WeightBits(OnnxForm):
             if middle is not None:
                 parts = edit.call(_ATEN.unflatten.int, x, -1, [blocks, BLOCK])
                 sums = edit.call(_ATEN.sum.dim_IntList, parts, [-1])
-                total = edit.call(_ATEN.add.Tensor, total, edit.call(_ATEN.linear.default, sums, middle))
+                with compat.symbolic_calls():
+                    total = edit.call(_ATEN.add.Tensor, total, edit.call(_ATEN.linear.default, sums, middle))
             return [total if bias is None else edit.call(_ATEN.add.Tensor, total, bias, like=node)]
 
         return Placement(
