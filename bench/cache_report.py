@@ -38,10 +38,7 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    changed = write_page(folder / PAGE, markdown(documents))
-    if changed:
-        draw(documents, folder / PICTURE)
-    return changed
+    return write_page(folder / PAGE, markdown(documents), lambda: draw(documents, folder / PICTURE))
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float, float]]:

@@ -47,10 +47,7 @@ def write(folder: Path, documents: Sequence[Mapping[str, Any]]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    changed = write_page(folder / "sparse_attention.md", markdown(documents))
-    if changed:
-        draw(documents, folder / PICTURE)
-    return changed
+    return write_page(folder / "sparse_attention.md", markdown(documents), lambda: draw(documents, folder / PICTURE))
 
 
 def _texts(row: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,8 +222,8 @@ def replace_results(text: str, body: str) -> str:
     return f"{head}{BEGIN}\n{body.strip()}\n{END}{rest.split(END)[1]}"
 
 
-def write_page(page: Path, body: str) -> bool:
-    """Put `body` between the markers of a page; return whether it changed.
+def write_page(page: Path, body: str, draw: Callable[[], object] = lambda: None) -> bool:
+    """Put `body` between the markers of a page, and draw its picture anew where that changed it; return whether it did.
 
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
@@ -235,6 +235,7 @@ def write_page(page: Path, body: str) -> bool:
     new = replace_results(text, body)
     if new != text:
         page.write_text(new, encoding="utf-8")
+        draw()
     return new != text
 
 

@@ -155,10 +155,7 @@ def write(folder: Path, documents: Sequence[Json]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    changed = write_page(folder / PAGE, markdown(documents))
-    if changed:
-        draw(documents, folder / PICTURE)
-    return changed
+    return write_page(folder / PAGE, markdown(documents), lambda: draw(documents, folder / PICTURE))
 
 
 def draw(documents: Sequence[Json], path: Path) -> bool:

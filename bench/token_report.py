@@ -36,10 +36,7 @@ def write(folder: Path, documents: Sequence[Json]) -> bool:
     Raises:
         EffError: EFF-B104 where the page or its markers are missing.
     """
-    changed = write_page(folder / PAGE, markdown(documents))
-    if changed:
-        draw(documents, folder / PICTURE)
-    return changed
+    return write_page(folder / PAGE, markdown(documents), lambda: draw(documents, folder / PICTURE))
 
 
 def curve(row: Json) -> list[tuple[str, str, float, float, float, float]]:

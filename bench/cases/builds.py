@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -92,7 +93,7 @@ def _engines(form: str, dtype: str, folder: Path, quick: bool, watch: Watch) -> 
     arms, files = {}, []
     for name in (FIRST, AGAIN):
         steps.clear()
-        made, arms[name] = _timed(lambda name=name: build(name), name, watch)  # type: ignore[misc]
+        made, arms[name] = _timed(partial(build, name), name, watch)
         files.append({file: entry for file, entry in made.files if file.endswith((".engine", ".onnx"))})
         arms[name] |= {
             "engine_seconds": sum(float(text.split()[-2]) for text in steps if text.startswith("built ")),
@@ -109,8 +110,8 @@ def _kernels(folder: Path, quick: bool, watch: Watch) -> dict[str, dict[str, Any
     catalog, chips = ("kernels:decode_merge", "sm_90,gfx942") if quick else ("kernels:all", COMPUTES)
     with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(folder / "cache")):
         for name in (FIRST, AGAIN):
-            given = {"to": "triton", "target": chips, "out": folder / name}
-            made, arms[name] = _timed(lambda given=given: eff.export(catalog, **given), name, watch)  # type: ignore[misc]
+            build = partial(eff.export, catalog, to="triton", target=chips, out=folder / name)
+            made, arms[name] = _timed(build, name, watch)
             arms[name]["binaries"] = int(dict(made.details)["binaries"])
     return arms
 

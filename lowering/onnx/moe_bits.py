@@ -20,7 +20,7 @@ from effcompile.core.experts import ExpertsCall
 from effcompile.core.export_form import Dialect, OnnxForm, Placement, Sites
 from effcompile.core.rewrite import VALUE, Editor
 from effcompile.lowering.onnx.grid import Grid, grid_of, packed
-from effcompile.lowering.onnx.moe_ort import attributes_of, order, router, some_logits, weighed
+from effcompile.lowering.onnx.moe_ort import candidates, order, router, some_logits, weighed
 from effcompile.lowering.onnx.piece import piece
 from effcompile.ops import moe
 
@@ -38,13 +38,7 @@ class QuantizedExperts(OnnxForm):
 
     def places(self, edit: Editor, dialect: Dialect, sites: Sites) -> Iterator[Placement]:
         """Yield every `eff::moe_v1` whose weights are codes and whose gate the operator has."""
-        if dialect.flavor != "ort":
-            return
-        for node in list(edit.graph.find_nodes(op="call_function", target=torch.ops.eff.moe_v1.default)):
-            call = ExpertsCall.of(node)
-            attributes = attributes_of(call)
-            if attributes is None or call.side != "out" or call.x.meta["val"].dtype != torch.float32:
-                continue
+        for node, call, attributes in candidates(edit, dialect):
             if (grids := _grids(call)) is not None:
                 yield _place(edit, node, call, attributes, grids)
 

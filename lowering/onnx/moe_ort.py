@@ -36,13 +36,7 @@ class OrtExperts(OnnxForm):
 
     def places(self, edit: Editor, dialect: Dialect, sites: Sites) -> Iterator[Placement]:
         """Yield every `eff::moe_v1` in float32 that the operator has attributes for."""
-        if dialect.flavor != "ort":
-            return
-        for node in list(edit.graph.find_nodes(op="call_function", target=torch.ops.eff.moe_v1.default)):
-            call = ExpertsCall.of(node)
-            attributes = attributes_of(call)
-            if attributes is None or call.side != "out" or call.x.meta["val"].dtype != torch.float32:
-                continue
+        for node, call, attributes in candidates(edit, dialect):
             with edit.before(node):
                 routed = router(edit, call)
                 w1, b1, w2, b2 = _weights(edit, call)
@@ -61,6 +55,17 @@ class OrtExperts(OnnxForm):
                 finish=functools.partial(weighed, node, routed.total),
                 site=str(node.meta.get("eff.site", "")),
             )
+
+
+def candidates(edit: Editor, dialect: Dialect) -> Iterator[tuple[fx.Node, ExpertsCall[fx.Node], dict[str, Any]]]:
+    """Yield (node, call, attributes) of every `eff::moe_v1` in float32 whose gate the operators for experts have."""
+    if dialect.flavor != "ort":
+        return
+    for node in list(edit.graph.find_nodes(op="call_function", target=torch.ops.eff.moe_v1.default)):
+        call = ExpertsCall.of(node)
+        attributes = attributes_of(call)
+        if attributes is not None and call.side == "out" and call.x.meta["val"].dtype == torch.float32:
+            yield node, call, attributes
 
 
 def attributes_of(call: ExpertsCall[fx.Node]) -> dict[str, Any] | None:
