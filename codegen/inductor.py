@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from effcompile.codegen.cpp_batch import batched
+from effcompile.codegen.layer_outputs import from_their_start
 
 
 def compile_graph(
@@ -23,7 +24,7 @@ def compile_graph(
 
     settings = dict(torch._inductor.list_mode_options(mode)) if mode else {}
     settings.update(patches or {})
-    with batched():
+    with batched(), from_their_start():
         compiled = compile_fx(graph, list(example_inputs), config_patches=settings or None)
 
     def run(*args: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effcompile.codegen.layer_outputs import from_their_start
 from effcompile.core.artifact import TensorInfo
 from effcompile.core.errors import EffError
 
@@ -36,7 +37,7 @@ def write_package(exported: Any, path: Path, weights: Path, constants_of: Any) -
 
     settings = {"aot_inductor.package_constants_in_so": False, "aot_inductor.metadata": {"made_by": "effcompile"}}
     try:
-        with quietly():
+        with quietly(), from_their_start():
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
     except Exception as error:
         told = " ".join(str(error).split())

@@ -181,6 +181,73 @@ def test_layers_are_cut_where_they_write_to_a_cache(emit):
     torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-5, atol=1e-5)
 
 
+class Halves(nn.Module):
+    """Return what lies in the middle of a buffer: the halves of one product, and what was also put behind earlier keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.key, self.out = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x, past):
+        first, second = self.both(x).chunk(2, -1)
+        key = torch.tanh(self.key(x))
+        keys = torch.cat([past, key], 1)
+        return x + torch.tanh(self.out(x * keys.mean(1, keepdim=True))), (first, second, key, keys)
+
+
+class HalvesStack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Halves() for _ in range(4))
+
+    def forward(self, x, pasts):
+        found = []
+        for layer, past in zip(self.layers, pasts):
+            x, parts = layer(x, past)
+            found.append(parts)
+        # Behind all layers, so that no layer computes it.
+        return x, [a * b + key.sin() + keys[:, -1:].cos() + b[..., 3:4] for a, b, key, keys in found]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_lies_in_the_middle_of_a_buffer_is_read_from_its_start(rows):
+    """TorchInductor adds the offset of a view that a sub-graph returns twice, and reads past the end."""
+    torch.manual_seed(0)
+    model = HalvesStack().eval()
+    x, pasts = torch.randn(2, rows, 16), [torch.randn(2, 3, 16) for _ in range(4)]
+    result, note, _ = outlined(model, x, pasts, emit="inductor")
+    assert note.startswith("outline-layers: 4 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(x, pasts), rtol=1e-5, atol=1e-5)
+
+
+class Fused(Cached):
+    """Take query and key from one product, as GPT-2 and Phi-3 do: where layers are cut at the write, both go to the next call."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.both = nn.Linear(width, 2 * width)
+
+    def forward(self, x, cache, place, count):
+        query, key = self.both(self.norm(x)).chunk(2, -1)
+        count.add_(x.shape[1])
+        cache.index_copy_(1, torch.arange(x.shape[1]) + place, key)
+        x = x + torch.softmax(query @ cache.transpose(1, 2), -1) @ cache
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("emit", ["interpreter", "inductor"])
+def test_halves_of_a_product_cross_the_cut(emit):
+    torch.manual_seed(0)
+    model = CachedStack([Fused(16) for _ in range(6)]).eval()
+    mine, theirs = cached_arguments(6), cached_arguments(6)
+    result, note, _ = outlined(model, *mine, emit=emit)
+    assert note.startswith("outline-layers: 5 layers")
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(*theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_that_two_layers_share_is_written_between_their_calls():
     torch.manual_seed(0)
     model = CachedStack([Cached(16) for _ in range(6)]).eval()
