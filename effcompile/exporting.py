@@ -121,7 +121,8 @@ def export(
         to: a file of `codegen/emitters`: `onnx`, for example. out: where the artifact goes. target: chips (`sm_80,sm_89`);
             None takes the form's own. options: as for torch.compile. opset: of ONNX, 18 to 24; 0 takes the form's own.
         flavor: `portable`, or `ort` for operators of ONNX Runtime. dynamic: let every size vary that the model lets vary.
-        seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`).
+        seconds: how long the build of one engine may take. profile: the sizes that it takes (`tokens.1=1:128:2048`; several
+            profiles with `;` between them).
         cache: take and return keys and values of a decoder of transformers; by default in ONNX where a call is its token ids.
         part: `encoder` or `decoder` of an encoder-decoder of transformers, with its caches: one artifact each.
         buffers: let a decoder's cache be buffers of a capacity, which a call writes into.

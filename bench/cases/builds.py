@@ -99,7 +99,7 @@ def _engines(form: str, dtype: str, folder: Path, quick: bool, watch: Watch) -> 
             "engine_seconds": sum(float(text.split()[-2]) for text in steps if text.startswith("built ")),
             "engine_bytes": sum(entry.bytes for file, entry in made.files if file.endswith(".engine")),
             "attention": dict(made.details)["attention"],
-            "error": max(check.error for check in made.checks),
+            "onnx_error": max(check.error for check in made.checks),
         }
     arms[AGAIN]["same_bytes"] = files[0] == files[1]
     return arms

@@ -15,7 +15,7 @@ from effcompile.codegen.onnx.graph import FILE, write_onnx
 from effcompile.codegen.onnx.session import Session
 from effcompile.codegen.tensorrt import build_engine
 from effcompile.codegen.tensorrt.child import build
-from effcompile.codegen.tensorrt.profiles import parse_profile, profile
+from effcompile.codegen.tensorrt.profiles import profiles
 from effcompile.codegen.tensorrt.session import EngineSession, chip_here
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.emitter import Emitted, Emitter, Job, Runner, missing
@@ -61,8 +61,8 @@ class TensorRt(Emitter):
         inputs, outputs = file.inputs, file.outputs
         job.say("checking")
         checks, fixed = job.check(Session(draft.folder / FILE))
-        shapes = profile(inputs, dict(job.sizes), fixed, parse_profile(job.settings.profile))
-        recipe: dict[str, Any] = {"onnx": FILE, "profile": shapes, "refit": True}
+        shapes = profiles(inputs, dict(job.sizes), fixed, job.settings.profile)
+        recipe: dict[str, Any] = {"onnx": FILE, "profiles": shapes, "refit": True}
         draft.file(RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
         script = Path(str(build_engine.__file__))
         draft.file(SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
@@ -97,7 +97,7 @@ class TensorRt(Emitter):
         return EngineSession(path, artifact.manifest.inputs, artifact.manifest.outputs, "tensorrt")
 
 
-def engine_place(model: Path, word: str, shapes: dict[str, Any]) -> Path:
+def engine_place(model: Path, word: str, shapes: list[dict[str, Any]]) -> Path:
     """Return where the engine of a graph is kept between exports, with its timings: a folder that is this user's alone.
 
     It lies in TorchInductor's cache, which holds machine code too, so `eff cache clear` removes it. Weights are no part of the

@@ -12,7 +12,7 @@ import torch
 from effcompile.codegen.onnx.graph import FILE, write_onnx
 from effcompile.codegen.onnx.session import Session
 from effcompile.codegen.tensorrt.child import COMMAND, build
-from effcompile.codegen.tensorrt.profiles import parse_profile, profile
+from effcompile.codegen.tensorrt.profiles import profiles, sizes_of
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.emitter import Emitted, Emitter, Job, Runner
 from effcompile.core.errors import EffError, unknown
@@ -72,13 +72,13 @@ class TensorRtRtx(Emitter):
         inputs, outputs = file.inputs, file.outputs
         job.say("checking")
         checks, held = job.check(Session(draft.folder / FILE))
-        shapes = profile(inputs, dict(job.sizes), held, parse_profile(job.settings.profile))
+        shapes = profiles(inputs, dict(job.sizes), held, job.settings.profile)
         details: list[tuple[str, str]] = [
             ("opset", str(opset)),
             ("attention", "fused" if opset >= FUSED else "decomposed"),
         ]
         details += [("gave way", "; ".join(refused))] if refused else []
-        details += [(f"sizes of {name}", " to ".join(map(str, low))) for name, low in shapes.items()]
+        details += sizes_of(shapes)
         details.append(("checked at one value", ", ".join(held)))
         for group in _groups(words):
             name = f"engines/{'+'.join(group)}.engine"
@@ -87,7 +87,7 @@ class TensorRtRtx(Emitter):
                 "onnx": str(draft.folder / FILE),
                 "engine": str(draft.file(name, native=True)),
                 "chips": [word.replace("_", "").upper() for word in group],
-                "profile": shapes,
+                "profiles": shapes,
             }
             told = build(task, job.settings.seconds, lambda text: job.say(f"building: {text}"), self.command)
             job.say(f"built {name} in {time.perf_counter() - begun:.1f} s")

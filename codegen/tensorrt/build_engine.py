@@ -2,7 +2,7 @@
 
     python build_engine.py model.engine          # in the exported folder; needs `pip install tensorrt` and nothing else
 
-`build.json` beside it has the ONNX file, the sizes of the optimization profile and whether weights may be replaced later. Beside
+`build.json` beside it has the ONNX file, the sizes of the optimization profiles and whether weights may be replaced later. Beside
 the engine `model.engine.json` says what it was made of, and `model.engine.timing` how long kernels took. Called again, nothing is
 done where all of that is the same. Where only the weights are others they are put into the engine that is there (refit), and it
 is built anew where that fails. Any other change builds it anew, with the timings that are known.
@@ -56,7 +56,7 @@ def facts(job: dict[str, Any], version: str) -> dict[str, Any]:
     """Return what an engine depends on; small constants are in the ONNX file itself, and so belong to its graph."""
     model = Path(job["onnx"])
     return {
-        "graph": digest(model), WEIGHTS: digest(model.with_name(model.name + ".data")), "profile": job["profile"],
+        "graph": digest(model), WEIGHTS: digest(model.with_name(model.name + ".data")), "profiles": job["profiles"],
         "refit": bool(job.get("refit")), "tensorrt": version, "chip": chip(),
     }  # fmt: skip
 
@@ -114,9 +114,9 @@ def build(trt: Any, log: Any, job: dict[str, Any]) -> tuple[bytes, int] | None:
     timing = Path(job["engine"] + ".timing")
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
-    if job["profile"]:
+    for inputs in job["profiles"]:
         profile = builder.create_optimization_profile()
-        for name, shapes in job["profile"].items():
+        for name, shapes in inputs.items():
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)

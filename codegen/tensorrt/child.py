@@ -28,7 +28,7 @@ def build(
 ) -> dict[str, Any]:
     """Build one engine and return what the child told of it.
 
-    `job` is what `rtx_child.build` reads: `onnx` and `engine` (paths), `chips` (`SM89`), `profile` (three shapes by input).
+    `job` is what `rtx_child.build` reads: `onnx` and `engine` (paths), `chips` (`SM89`), `profiles` (three shapes by input, each).
 
     Raises:
         EffError: EFF-E160 and EFF-E161 where the builder refuses, EFF-E162 where it crashes, EFF-E163 where it takes longer than

@@ -12,6 +12,11 @@ WIDER = 4
 """By default an engine takes sizes from 1 to so many times that of the example call, which it is best for."""
 
 
+def parse_profiles(text: str) -> list[dict[str, Span]]:
+    """Read one or more profiles with `;` between them; an engine runs each call by the first that its sizes lie in."""
+    return [parse_profile(part) for part in text.split(";")]
+
+
 def parse_profile(text: str) -> dict[str, Span]:
     """Read `tokens.0=1:1:8,tokens.1=1:128:2048`, the sizes of an input's dimensions; raises EFF-E166."""
     found: dict[str, Span] = {}
@@ -27,6 +32,23 @@ def parse_profile(text: str) -> dict[str, Span]:
             )
         found[name.strip()] = (low, best, high)
     return found
+
+
+def profiles(
+    inputs: Sequence[TensorInfo], sizes: Mapping[str, int], fixed: Sequence[str], text: str
+) -> list[dict[str, list[list[int]]]]:
+    """Return the shapes of every profile that the text asks for, as `profile` does; none where nothing varies."""
+    made = [profile(inputs, sizes, fixed, asked) for asked in parse_profiles(text)]
+    return [shapes for shapes in made if shapes]
+
+
+def sizes_of(made: Sequence[Mapping[str, list[list[int]]]]) -> list[tuple[str, str]]:
+    """Return what an artifact says of its profiles."""
+    return [
+        (f"sizes of {name}" + (f" ({number + 1})" if len(made) > 1 else ""), " to ".join(map(str, low)))
+        for number, shapes in enumerate(made)
+        for name, low in shapes.items()
+    ]
 
 
 def profile(

@@ -63,9 +63,9 @@ def build(job: dict[str, Any]) -> None:
         if not config.set_compute_capability(getattr(trt.ComputeCapability, chip), place):
             tell(level="ERROR", text=f"{chip} is no compute capability of this version")
             return
-    if job["profile"]:
+    for inputs in job["profiles"]:
         profile = builder.create_optimization_profile()
-        for name, shapes in job["profile"].items():
+        for name, shapes in inputs.items():
             profile.set_shape(name, *shapes)
         config.add_optimization_profile(profile)
     monitor = Progress()

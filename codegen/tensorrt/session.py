@@ -47,6 +47,7 @@ class EngineSession:
                 hint=f"eff show DIR has the version of {module} that built it",
             )
         self._context = self._engine.create_execution_context()
+        self._profile = 0
         self.inputs: tuple[str, ...] = tuple(x.name for x in inputs)
         self.outputs: tuple[str, ...] = tuple(x.name for x in outputs)
         self._kinds = {x.name: getattr(torch, x.dtype) for x in outputs if hasattr(torch, x.dtype)}
@@ -55,6 +56,8 @@ class EngineSession:
         """Return every output by its name; raises EFF-E111 for other inputs, and for sizes outside of the engine's."""
         check_inputs(self.inputs, given)
         kept = {name: x.to("cuda").contiguous() for name, x in given.items()}
+        stream = torch.cuda.current_stream()
+        self._choose({name: tuple(x.shape) for name, x in kept.items()}, stream)
         for name, x in kept.items():
             if not self._context.set_input_shape(name, tuple(x.shape)):
                 raise EffError(
@@ -68,8 +71,22 @@ class EngineSession:
             shape = tuple(self._context.get_tensor_shape(name))
             found[name] = torch.empty(shape, dtype=self._kinds.get(name, torch.float32), device="cuda")
             self._context.set_tensor_address(name, found[name].data_ptr())
-        stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise EffError("EFF-E111", "the engine fails", hint="--provider cpu runs the ONNX beside it")
         stream.synchronize()
         return {name: x.cpu() for name, x in found.items()}
+
+    def _choose(self, shapes: Mapping[str, tuple[int, ...]], stream: Any) -> None:
+        """Take the first optimization profile that all shapes lie in; where none does, `set_input_shape` says no."""
+        for number in range(self._engine.num_optimization_profiles):
+            if all(_within(shape, self._engine.get_tensor_profile_shape(n, number)) for n, shape in shapes.items()):
+                if number != self._profile:
+                    self._context.set_optimization_profile_async(number, stream.cuda_stream)
+                    stream.synchronize()
+                    self._profile = number
+                return
+
+
+def _within(shape: Sequence[int], span: Sequence[Sequence[int]]) -> bool:
+    low, _, high = (tuple(part) for part in span)
+    return len(low) in (0, len(shape)) and all(a <= n <= b for a, n, b in zip(low, shape, high))

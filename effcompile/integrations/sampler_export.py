@@ -153,13 +153,13 @@ def _whole(
 
 
 def _profile(latent: str, sizes: Sequence[Size]) -> str:
-    """Return the sizes of the latent's edges as engines take them: from the least to the whole, which is the best."""
-    spans = []
-    for place in (len(sizes[0]) - 2, len(sizes[0]) - 1):
-        edges = [size[place] for size in sizes]
-        if min(edges) < max(edges):
-            spans.append(f"{latent}.{place + 2}={min(edges)}:{edges[0]}:{max(edges)}")
-    return ",".join(spans)
+    """Return a profile for each size: those edges of the latent that vary, each at one value, for which kernels are chosen."""
+    places = [place for place in range(len(sizes[0])) if len({size[place] for size in sizes}) > 1]
+    each = (
+        ",".join(f"{latent}.{place + 2}={size[place]}:{size[place]}:{size[place]}" for place in places)
+        for size in sizes
+    )
+    return ";".join(each) if places else ""
 
 
 class CarriedGraph(nn.Module):

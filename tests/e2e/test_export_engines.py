@@ -138,7 +138,7 @@ def test_the_recipe_for_tensorrt(tmp_path: Path, capsys: pytest.CaptureFixture[s
         Head(torch.float32).eval(), (x,), to="tensorrt", target="sm_90", out=tmp_path / "a", profile="x.1=1:64:512"
     )
     recipe = json.loads((tmp_path / "a" / "build.json").read_text())
-    assert recipe["profile"] == {"x": [[1, 1, 64], [2, 64, 64], [8, 512, 64]]}
+    assert recipe["profiles"] == [{"x": [[1, 1, 64], [2, 64, 64], [8, 512, 64]]}]
     compile((tmp_path / "a" / "build_engine.py").read_text(), "build_engine.py", "exec")
     assert "build_engine.py" in dict(made.details)["engine"]
     assert next(iter(eff.load(tmp_path / "a")({"x": x}).values())).shape == (2, 2, 40, 32)

@@ -64,6 +64,20 @@ def test_a_schedule_of_two_sizes_runs_from_files(tmp_path: Path, process: str) -
     assert read_loop(tmp_path / "out").schedule == sampler.schedule
 
 
+def test_an_engine_has_a_profile_for_each_size(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model, label = two_sizes(), torch.tensor([1, 2, 3])
+    of = eff.Denoising((8, 8), least=(4, 4), patch=2, multiple=2)
+    sampler = eff.sampler(
+        model, of, schedule="predict-x0{steps=4,scales=[0.5,1.0]}", conditions=model.conditions
+    )  # fmt: skip
+    (manifest,) = sampler.export(tmp_path / "out", 3, 4, label, to="tensorrt-rtx", target="sm_89")
+    told = dict(manifest.details)
+    best = [told[f"sizes of {manifest.inputs[0].name} ({number})"].split(" to ")[1] for number in (1, 2)]
+    assert [shape[-6:] for shape in best] == [" 8, 8]", " 4, 4]"]
+    assert manifest.files
+
+
 @pytest.mark.slow
 def test_replayed_attention_runs_from_two_models(tmp_path: Path) -> None:
     model, label = zoo.load("dit-tiny").model, torch.tensor([1, 2])

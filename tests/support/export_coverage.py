@@ -19,7 +19,7 @@ from typing import Any
 import effcompile as eff
 from effcompile.codegen.emitters.tensorrt_rtx import CHIPS
 from effcompile.codegen.tensorrt.child import build
-from effcompile.codegen.tensorrt.profiles import profile
+from effcompile.codegen.tensorrt.profiles import profiles
 from effcompile.core.artifact import Manifest
 from effcompile.core.errors import EffError
 from tests.support.export_cases import ExportCase, export_cases
@@ -56,11 +56,11 @@ def exported(case: ExportCase, out: Path, opset: int = 20, flavor: str = "portab
 
 def engines(made: Manifest, folder: Path) -> dict[str, str]:
     """Return for every chip of TensorRT-RTX whether it builds an engine of an export: `yes`, or the error."""
-    shapes = profile(made.inputs, dict(made.checks[0].sizes), (), {})
+    shapes = profiles(made.inputs, dict(made.checks[0].sizes), (), "")
     found = {}
     for chip in CHIPS:
         job = {
-            "onnx": str(folder / "model.onnx"), "engine": str(folder.parent / "engine"), "profile": shapes,
+            "onnx": str(folder / "model.onnx"), "engine": str(folder.parent / "engine"), "profiles": shapes,
             "chips": [chip.replace("_", "").upper()],
         }  # fmt: skip
         try:

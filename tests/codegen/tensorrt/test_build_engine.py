@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     (made / "model.onnx").write_bytes(b"graph")
     (made / "model.onnx.data").write_bytes(b"weights")
     (made / "build.json").write_text(
-        json.dumps({"onnx": "model.onnx", "profile": {"x": [[1], [2], [8]]}, "refit": True})
+        json.dumps({"onnx": "model.onnx", "profiles": [{"x": [[1], [2], [8]]}], "refit": True})
     )
     (made / "build_engine.py").write_text(Path(str(build_engine.__file__)).read_text())
     return made
@@ -116,13 +116,13 @@ def test_an_engine_is_built_once_and_refitted(folder: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["version", "profile", "engine", "record", "no refit"])
+@pytest.mark.parametrize("change", ["version", "profiles", "engine", "record", "no refit"])
 def test_what_makes_it_build_anew(folder: Path, change: str) -> None:
     engine, recipe = folder.parent / "model.engine", json.loads((folder / "build.json").read_text())
     ran(folder)
     environment = {"TRT_VERSION": "12.0"} if change == "version" else {}
-    if change == "profile":
-        recipe["profile"]["x"] = [[1], [4], [8]]
+    if change == "profiles":
+        recipe["profiles"][0]["x"] = [[1], [4], [8]]
     if change == "no refit":
         recipe["refit"] = False
         (folder / "model.onnx.data").write_bytes(b"others")

@@ -9,7 +9,7 @@ import pytest
 
 from effcompile.codegen.tensorrt.child import build
 from effcompile.codegen.tensorrt.complaints import complaint
-from effcompile.codegen.tensorrt.profiles import parse_profile, profile
+from effcompile.codegen.tensorrt.profiles import parse_profile, profile, profiles, sizes_of
 from effcompile.core.artifact import TensorInfo
 from effcompile.core.errors import EffError
 
@@ -36,7 +36,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_builder_that_fails(what: str, tmp_path: Path) -> None:
     told, program = BAD[what]
-    job = {"onnx": "", "engine": str(tmp_path / "e"), "chips": ["SM89"], "profile": {}}
+    job = {"onnx": "", "engine": str(tmp_path / "e"), "chips": ["SM89"], "profiles": []}
     with pytest.raises(EffError, match=told) as caught:
         build(job, 2.0, command=(sys.executable, "-c", program))
     assert caught.value.hint
@@ -49,7 +49,7 @@ def test_a_builder_that_works_tells_its_progress(tmp_path: Path) -> None:
         + "print(json.dumps({'phase': 'Parse', 'step': 1, 'steps': 3})); print('{\"done\": true, \"layers\": 4}')"
     )
     heard: list[str] = []
-    job = {"onnx": "", "engine": str(tmp_path / "e"), "chips": ["SM89"], "profile": {}}
+    job = {"onnx": "", "engine": str(tmp_path / "e"), "chips": ["SM89"], "profiles": []}
     assert build(job, 20.0, heard.append, (sys.executable, "-c", program))["layers"] == 4
     assert heard == ["Parse 1/3"]
     assert (tmp_path / "e").read_bytes() == b"half"
@@ -74,6 +74,15 @@ def test_profiles() -> None:
     assert made == {"tokens": [[1, 1], [2, 20], [8, 99]], "x": [[1, 2, 3], [2, 40, 3], [8, 198, 3]]}
     held = profile(INPUTS, {"s0": 2, "s1": 16}, ["s1"], {})
     assert held["tokens"] == [[1, 16], [2, 16], [8, 16]]
+
+
+def test_several_profiles() -> None:
+    made = profiles(INPUTS, {"s0": 2, "s1": 16}, [], "tokens.1=8:8:8;tokens.1=16:16:16")
+    assert [shapes["tokens"] for shapes in made] == [[[1, 8], [2, 8], [8, 8]], [[1, 16], [2, 16], [8, 16]]]
+    assert sizes_of(made)[0] == ("sizes of tokens (1)", "[1, 8] to [2, 8] to [8, 8]")
+    assert profiles(INPUTS[2:], {}, [], "") == []
+    with pytest.raises(EffError, match="EFF-E166"):
+        profiles(INPUTS, {"s0": 2, "s1": 16}, [], "tokens.1=8:8:8;tokens.1=9")
 
 
 @pytest.mark.parametrize(
