@@ -257,17 +257,18 @@ def _refusal(item: Pass, options: Options, training: bool, target: Target) -> Re
         return Refusal("EFF-U010", "disabled by the user")
     if target.portable and not item.portable:
         return Refusal("EFF-A215", f"{target.backend} does not hold what it inserts")
-    if not item.beside_tokens and _asks_for_tokens(options):
-        return Refusal("EFF-U010", "left out beside a token policy")
+    for family in item.apart_from:
+        if _asks_for(family, options):
+            return Refusal("EFF-U010", f"left out beside a policy of the family `{family}`")
     if training and not item.differentiable:
         return Refusal("EFF-A301", "no gradient flows through what it inserts", "run inference under torch.no_grad()")
     return None
 
 
-def _asks_for_tokens(options: Options) -> bool:
-    """Tell whether the options, or the plan that they hold, name a token policy."""
+def _asks_for(family: str, options: Options) -> bool:
+    """Tell whether the options, or the plan that they hold, name a policy of a family."""
     plans = () if options.plan is None else options.plan.choices
-    return TOKENS in dict(options.families) or any(choice.family == TOKENS for choice in plans)
+    return family in dict(options.families) or any(choice.family == family for choice in plans)
 
 
 @dataclass

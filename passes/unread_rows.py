@@ -40,7 +40,7 @@ class DropUnreadRows(Pass):
     after: ClassVar[tuple[str, ...]] = ("remove-identities", "prune-queries")
     portable: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
-    beside_tokens: ClassVar[bool] = False
+    apart_from: ClassVar[tuple[str, ...]] = ("tokens", "attention")  # both need a row for every key
 
     def run(self, program: Program, plan: Plan) -> PassResult:
         """Return the program with fewer rows behind attentions, and a note for each: how many of how many."""

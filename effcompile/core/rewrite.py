@@ -42,7 +42,7 @@ class Pass(ABC):
 
     `phase` is raised (sees `eff::` dense ops) or lowered (sees ATen and kernels); `after` names passes that must have run;
     `differentiable` says that gradients flow through what it inserts, `portable` that it inserts standard operators alone;
-    `beside_tokens` is False where a policy of the family `tokens` could no longer follow the tokens behind it.
+    `apart_from` names families of policies that could no longer do their work behind it, and beside which it does not run.
     """
 
     name: ClassVar[str]
@@ -51,7 +51,7 @@ class Pass(ABC):
     differentiable: ClassVar[bool] = False
     default: ClassVar[bool] = True
     portable: ClassVar[bool] = False
-    beside_tokens: ClassVar[bool] = True
+    apart_from: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def run(self, program: Program, plan: Plan) -> PassResult:

@@ -22,6 +22,7 @@ from effcompile.core.site import AttentionSite
 from effcompile.passes.attention.re_ttention import Phase, ReTtention
 from effcompile.passes.attention.replay import Residual, replay
 from effcompile.passes.recognize.attention import Recognized
+from effcompile.passes.unread_rows import DropUnreadRows
 from effcompile.runtime.replayed import Graph, Phases, ReplayedDenoiser
 from effcompile.targets.detect import detect, free_memory
 
@@ -54,7 +55,8 @@ def _phases(denoiser: nn.Module, policy: ReTtention, args: tuple[Any, ...], emit
     with torch.no_grad():
         program = capture_export(torch.export.export(denoiser, copied, strict=False))
         state: dict[str, Tensor] = {}
-        options = Options(strict=True, emit=emit)
+        # What is replayed needs a row for every key, so the last layer keeps those that nobody reads.
+        options = Options(strict=True, emit=emit, disable=(DropUnreadRows.name,))
         made = {phase: _graph(program, policy, phase, copied, state, options) for phase in get_args(Phase)}
     return Phases(made, state)
 

@@ -29,6 +29,7 @@ from effcompile.integrations.sampler_files import Loop, place_folder, process_js
 from effcompile.passes.attention.re_ttention import ReTtention
 from effcompile.passes.attention.replay_portable import Carrying, replay_portable
 from effcompile.passes.recognize.attention import Recognized
+from effcompile.passes.unread_rows import DropUnreadRows
 from effcompile.runtime.sampler import Sampler
 from effcompile.targets.detect import detect_cpu
 
@@ -185,7 +186,7 @@ class CarriedGraph(nn.Module):
 def _pair(denoiser: nn.Module, policy: ReTtention, args: tuple[Tensor, ...]) -> dict[Carrying, CarriedGraph]:
     """Return the graphs of both phases for a call."""
     ops.register()
-    target = Target(detect_cpu(), "onnx")
+    target, options = Target(detect_cpu(), "onnx"), Options(strict=True, disable=(DropUnreadRows.name,))
     made: dict[Carrying, CarriedGraph] = {}
     with torch.no_grad():
         program = capture_export(torch.export.export(denoiser, args, strict=False))
@@ -201,6 +202,6 @@ def _pair(denoiser: nn.Module, policy: ReTtention, args: tuple[Tensor, ...]) -> 
                 left = tuple(site for site in found.sites if site.id not in gone)
                 return replace(found, program=changed, sites=left), (), ()
 
-            compiled = compile_program(program, target, Options(strict=True), Dump(None), storing=storing)
+            compiled = compile_program(program, target, options, Dump(None), storing=storing)
             made[phase] = CarriedGraph(compiled.program.entries[0], tuple(example))
     return made

@@ -174,3 +174,13 @@ def test_registers_of_dinov2_are_left_out_and_pinned():
         assert F.cosine_similarity(short[0], wanted[0]).min() > 0.9
         lengths = [site["q_len"] for graph in eff.report()["graphs"] for site in graph["sites"]]
         assert lengths[-1] < 21
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reads", [lambda x: x[:, 0], lambda x: x[:, 2:]])
+def test_a_policy_of_attention_gets_every_layer_with_all_its_rows(reads):
+    """Beside a policy that needs a row for every key nothing is left out, so that no layer loses the policy."""
+    model, x = Reader(reads, True), torch.randn(3, TOKENS, 32)
+    report = eff.explain(model, x, options={"attention": "sliding-window{window=3}"}, target="cpu")
+    chosen = [choice for choice in report.plan.choices if choice.family == "attention"]
+    assert len(chosen) == 2, report
