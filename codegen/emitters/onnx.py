@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from effcompile.codegen.onnx.graph import FILE, OPSET, OPSETS, write_onnx
-from effcompile.codegen.onnx.session import PROVIDERS, Session
+from effcompile.codegen.onnx.session import PROVIDERS, Session, open_session
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.emitter import Emitted, Emitter, Job, Runner, Settings
 from effcompile.core.errors import EffError, unknown
@@ -60,4 +60,4 @@ class Onnx(Emitter):
         """Return a session of ONNX Runtime."""
         if provider not in PROVIDERS:
             raise unknown("EFF-E112", "provider", provider, PROVIDERS)
-        return Session(artifact.file(FILE), provider, threads)
+        return open_session(artifact, FILE, provider, threads)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from effcompile.codegen.onnx.graph import FILE, write_onnx
-from effcompile.codegen.onnx.session import Session
+from effcompile.codegen.onnx.session import Session, open_session
 from effcompile.codegen.tensorrt import build_engine
 from effcompile.codegen.tensorrt.child import build
 from effcompile.codegen.tensorrt.profiles import profiles
@@ -83,7 +83,7 @@ class TensorRt(Emitter):
     def load(self, artifact: Artifact, provider: str, threads: int | None) -> Runner:
         """Return the engine (`tensorrt`), or its ONNX in ONNX Runtime (`cpu`, `cuda`)."""
         if provider in ("cpu", "cuda"):
-            return Session(artifact.file(FILE), provider, threads)
+            return open_session(artifact, FILE, provider, threads)
         if provider != "tensorrt":
             raise unknown("EFF-E112", "provider", provider, ("cpu", "cuda", "tensorrt"))
         if ENGINE not in dict(artifact.manifest.files):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from effcompile.codegen.onnx.graph import FILE, write_onnx
-from effcompile.codegen.onnx.session import Session
+from effcompile.codegen.onnx.session import Session, open_session
 from effcompile.codegen.tensorrt.child import COMMAND, build
 from effcompile.codegen.tensorrt.profiles import profiles, sizes_of
 from effcompile.core.bundle import Artifact, Draft
@@ -98,7 +98,7 @@ class TensorRtRtx(Emitter):
     def load(self, artifact: Artifact, provider: str, threads: int | None) -> Runner:
         """Return the engine for the GPU that is here (`tensorrt`), or its ONNX in ONNX Runtime (`cpu`, `cuda`)."""
         if provider in ("cpu", "cuda"):
-            return Session(artifact.file(FILE), provider, threads)
+            return open_session(artifact, FILE, provider, threads)
         if provider != "tensorrt":
             raise unknown("EFF-E112", "provider", provider, ("cpu", "cuda", "tensorrt"))
         from effcompile.codegen.tensorrt.session import EngineSession, chip_here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from effcompile.codegen.onnx import memory
+from effcompile.core.bundle import Artifact
 from effcompile.core.emitter import SIZES_HINT, check_inputs
 from effcompile.core.errors import EffError
 
+COMPILED = b"EPContext"
+"""The operator of a graph that a provider compiled before: an engine, in the file or beside it."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -61,6 +65,26 @@ class Session:
         except Exception as error:
             raise EffError("EFF-E111", f"ONNX Runtime fails: {_told(error)}", hint=SIZES_HINT) from error
         return {name: torch.from_numpy(x) for name, x in zip(self.outputs, found, strict=True)}
+
+
+def open_session(artifact: Artifact, name: str, provider: str, threads: int | None) -> Session:
+    """Return a session of an ONNX file of an artifact.
+
+    Raises:
+        EffError: EFF-E107 without trust where another provider than `cpu`, which knows no such operator, would load an engine
+            that the file holds or names. Any mention of the operator counts.
+    """
+    path = artifact.file(name)
+    if provider != "cpu" and _mentions(path, COMPILED):
+        artifact.check_trust(f"the compiled part of `{name}`")
+    return Session(path, provider, threads)
+
+
+def _mentions(path: Path, word: bytes) -> bool:
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(word) >= 0
 
 
 def _runtime() -> Any:
