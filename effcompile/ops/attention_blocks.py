@@ -22,10 +22,10 @@ from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops import native
 from effcompile.ops.attention import define
-from effcompile.ops.block_grid import BlockGrid
+from effcompile.ops.block_grid import BlockGrid, tiles_of
 from effcompile.ops.blocks import listed
 from effcompile.ops.native_pages import attend_pages
-from effcompile.ops.row_limits import RowLimits, split_limits, values
+from effcompile.ops.row_limits import split_limits, values
 
 Extents = tuple[int, int, int, int]
 _CHUNK = 64  # dead rows, or pairs of a head and a query block, that are computed at a time
@@ -113,7 +113,7 @@ def compiled(
     grid = BlockGrid.of(extents, (q_block, k_block), keep, loads, sizes, q.device)
     (every, some), limits, parts = grid.both, grid.limits, split_limits(keep)
     chosen = chosen.contiguous()
-    tile_of, tiles = _tiles(parts, chosen, some, every, extents, (q_block, k_block), loads, sizes)
+    tile_of, tiles = _tiles(grid, parts.rest, chosen)
     out = q.new_empty((batch, heads, rows, v.shape[3])) if out is None else out
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
     shape = [batch, heads, k.shape[1], rows, k.shape[2], depth, v.shape[3], q_block, k_block]
@@ -147,35 +147,14 @@ def one_query(
     return attend_pages(q, k, v, chosen, limits, scale, k_block)
 
 
-def _tiles(
-    parts: RowLimits,
-    chosen: torch.Tensor,
-    some: torch.Tensor,
-    every: torch.Tensor,
-    extents: Extents,
-    blocks: tuple[int, int],
-    loads: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the number of the tile of each chosen partial block, -1 where it has none, and the tiles `[N, q_block, k_block]`."""
-    if parts.rest == TRUE:
+def _tiles(grid: BlockGrid, rest: Expr, chosen: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return what `block_grid.tiles_of` gives for blocks that the predicate cuts: all of them from the grid, or those chosen."""
+    if rest == TRUE:
         return None, None
-    used = axes_of(parts.rest)
-    needed = within(chosen, some & ~every, extents[1])
-    needed = needed if BATCH in used else needed.any(0, keepdim=True)
-    needed = needed if HEAD in used else needed.any(1, keepdim=True)
-    places = needed.nonzero()
-    number = torch.full(needed.shape, -1, dtype=torch.int32)
-    number[needed] = torch.arange(len(places), dtype=torch.int32)
-    tiles = torch.empty((len(places), *blocks), dtype=torch.uint8)
-    steps = [torch.arange(n) for n in blocks]
-    for begin in range(0, len(places), _CHUNK):
-        b, h, line, column = (places[begin : begin + _CHUNK, n].reshape(-1, 1, 1) for n in range(4))
-        rows = (line * blocks[0] + steps[0][:, None]).clamp(max=extents[2] - 1)
-        keys = (column * blocks[1] + steps[1][None, :]).clamp(max=extents[3] - 1)
-        value = evaluate(parts.rest, (b, h, rows, keys), loads, sizes)
-        tiles[begin : begin + _CHUNK] = value.expand(len(b), *blocks)
-    return number, tiles
+    if grid.tiles is not None:
+        return grid.tiles
+    every, some = grid.both
+    return tiles_of(grid, rest, within(chosen, some & ~every, grid.extents[1]))
 
 
 # --- torch operations alone -----------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 
-from effcompile.core.expr import BATCH, HEAD, TRUE, axes_of
-from effcompile.core.expr_eval import from_json
+from effcompile.core.expr import BATCH, HEAD, TRUE, Expr, axes_of
+from effcompile.core.expr_eval import evaluate, from_json
 from effcompile.core.intervals import block_bounds
 from effcompile.ops import native
 from effcompile.ops.row_limits import Limits, split_limits, values
 
 _CHUNK = 1 << 20  # scores that exist at a time
+_TILES = 64  # tiles that are evaluated at a time
 _SMALL = 1 << 24  # elements of a map up to which a grid keeps it
 
 
@@ -74,6 +75,15 @@ class BlockGrid:
         """Return (every, some) of its own blocks, contiguous."""
         every, some = self.bounds(self.blocks)
         return every.contiguous(), some.contiguous()
+
+    @cached_property
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return `tiles_of` all blocks that the predicate cuts; None where these are too many to keep, or tensors decide."""
+        every, some = self.both
+        cut, rest = some & ~every, split_limits(self.keep).rest
+        if self.loads or int(cut.sum()) * self.blocks[0] * self.blocks[1] > _SMALL:
+            return None
+        return tiles_of(self, rest, cut)
 
     @property
     def some(self) -> torch.Tensor:
@@ -179,6 +189,28 @@ class BlockGrid:
         step = max(1, _CHUNK // each)
         for begin in range(0, self.counts[0], step):
             yield slice(begin, min(self.counts[0], begin + step))
+
+
+def tiles_of(grid: BlockGrid, rest: Expr, needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of the tile of each needed block `[B|1, H|1, Qb, Kb]`, -1 elsewhere, and the tiles `[N, q_block, k_block]`.
+
+    A tile says which pairs of its block `rest` keeps; one serves all sequences and heads that it does not depend on.
+    """
+    used = axes_of(rest)
+    needed = needed if BATCH in used else needed.any(0, keepdim=True)
+    needed = needed if HEAD in used else needed.any(1, keepdim=True)
+    places = needed.nonzero()
+    number = torch.full(needed.shape, -1, dtype=torch.int32)
+    number[needed] = torch.arange(len(places), dtype=torch.int32)
+    tiles = torch.empty((len(places), *grid.blocks), dtype=torch.uint8)
+    steps = [torch.arange(n) for n in grid.blocks]
+    for begin in range(0, len(places), _TILES):
+        b, h, line, column = (places[begin : begin + _TILES, n].reshape(-1, 1, 1) for n in range(4))
+        rows = (line * grid.blocks[0] + steps[0][:, None]).clamp(max=grid.extents[2] - 1)
+        keys = (column * grid.blocks[1] + steps[1][None, :]).clamp(max=grid.extents[3] - 1)
+        value = evaluate(rest, (b, h, rows, keys), grid.loads, grid.sizes)
+        tiles[begin : begin + _TILES] = value.expand(len(b), *grid.blocks)
+    return number, tiles
 
 
 @lru_cache(maxsize=8)
