@@ -119,14 +119,19 @@ def _table(points: Sequence[Point]) -> str:
     lines = ["| policies | speed | distance | plain steps at equal time | difference (95 %) |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
     for point in points:
-        cells = [f"`{point.policy}`", f"{point.speed:.2f}x", f"{point.mean:.3f} ± {point.half:.3f}"]
+        cells = [f"`{point.policy}`", f"{point.speed:.2f}x", _with_half(point.mean, point.half, "")]
         if point.plain or not point.excess:
             cells += ["-", "-"]
         else:
             mean, half = interval(point.excess)
-            cells += [f"{point.at_equal_time:.3f}", f"{mean:+.3f} ± {half:.3f}"]
+            cells += [f"{point.at_equal_time:.3f}", _with_half(mean, half, "+")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _with_half(mean: float, half: float, sign: str) -> str:
+    """Return a mean with half of its interval, which one seed does not give."""
+    return f"{mean:{sign}.3f}" + ("" if math.isinf(half) else f" ± {half:.3f}")
 
 
 def _estimates(row: Json) -> str:
