@@ -19,7 +19,9 @@ TargetNames = Annotated[
 ]
 Opset = Annotated[int, typer.Option("--opset", help="The opset of ONNX, 18 to 24; 0 takes the form's own.")]
 Seconds = Annotated[float, typer.Option("--seconds", help="How long the build of one engine may take.")]
-Profile = Annotated[str, typer.Option("--profile", help="Sizes that an engine takes: tokens.1=1:128:2048.")]
+Profile = Annotated[
+    str, typer.Option("--profile", help="Sizes that an engine takes: tokens.1=1:128:2048; several with `;` between.")
+]
 Flavor = Annotated[str, typer.Option("--flavor", help="portable, or ort for operators of ONNX Runtime.")]
 Cache = Annotated[
     bool | None,

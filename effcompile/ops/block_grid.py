@@ -79,11 +79,13 @@ class BlockGrid:
     @cached_property
     def tiles(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return `tiles_of` all blocks that the predicate cuts; None where these are too many to keep, or tensors decide."""
-        every, some = self.both
-        cut, rest = some & ~every, split_limits(self.keep).rest
-        if self.loads or int(cut.sum()) * self.blocks[0] * self.blocks[1] > _SMALL:
+        if self.loads:
             return None
-        return tiles_of(self, rest, cut)
+        every, some = self.both
+        cut = some & ~every
+        if int(cut.sum()) * self.blocks[0] * self.blocks[1] > _SMALL:
+            return None
+        return tiles_of(self, split_limits(self.keep).rest, cut)
 
     @property
     def some(self) -> torch.Tensor:

@@ -68,9 +68,8 @@ def test_an_engine_has_a_profile_for_each_size(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model, label = two_sizes(), torch.tensor([1, 2, 3])
     of = eff.Denoising((8, 8), least=(4, 4), patch=2, multiple=2)
-    sampler = eff.sampler(
-        model, of, schedule="predict-x0{steps=4,scales=[0.5,1.0]}", conditions=model.conditions
-    )  # fmt: skip
+    schedule = "predict-x0{steps=4,scales=[0.5,1.0]}"
+    sampler = eff.sampler(model, of, schedule=schedule, conditions=model.conditions)
     (manifest,) = sampler.export(tmp_path / "out", 3, 4, label, to="tensorrt-rtx", target="sm_89")
     told = dict(manifest.details)
     best = [told[f"sizes of {manifest.inputs[0].name} ({number})"].split(" to ")[1] for number in (1, 2)]
