@@ -16,7 +16,7 @@ from bench.stats import Spread, ratios
 from effcompile.core.density import pairs, visited
 from effcompile.integrations.replay import replayed
 from effcompile.passes.attention.re_ttention import ReTtention
-from effcompile.passes.attention.replay import BLOCK
+from effcompile.passes.attention.replay import blocks_of
 
 DENSE, OURS = "dense", "re-ttention"
 
@@ -59,7 +59,8 @@ def ceiling(video: Video, density: float) -> float:
 def densities(video: Video) -> dict[str, float]:
     """Return the density of the band by pairs, and by the blocks that the kernel visits."""
     band, tokens = video.policy.band(video.tokens), video.tokens
-    return {"pairs": pairs(band, tokens, tokens), "blocks": visited(band, tokens, tokens, (BLOCK, BLOCK))}
+    blocks = blocks_of(torch.device("cpu"), torch.float32)
+    return {"pairs": pairs(band, tokens, tokens), "blocks": visited(band, tokens, tokens, blocks)}
 
 
 def share(video: Video, rounds: int, watch: Watch) -> dict[str, Any]:

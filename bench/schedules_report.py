@@ -150,7 +150,7 @@ def _replay(row: Json) -> str:
     pairs, blocks = (f"{arm['ceiling'][tag]:.3f} (d = {arm['density'][tag]:.3f})" for tag in ("pairs", "blocks"))
     return (
         f"### Attention of a run, `{arm['policy']}`\n\nIt takes {arm['share']['median']:.3f} of the time of dense attention. The "
-        f"schedule allows 0.44 + 0.70 d: {pairs} by pairs, {blocks} by the blocks of 64 that the kernel visits."
+        f"schedule allows 0.44 + 0.70 d: {pairs} by pairs, {blocks} by the blocks that the kernel visits."
     )
 
 

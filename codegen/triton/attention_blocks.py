@@ -58,9 +58,12 @@ def attend_epilogue(
     scale: float,
     q_block: int,
     k_block: int,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention with its LSE, scaled by rows and added to; `effcompile/ops/attention_epilogue.py` says what that means."""
     operands = (q, k, v, chosen, row_scale, addend, loads, sizes, keep)
+    if order is not None:
+        return epilogue.copied(attend_epilogue, operands[:6], (*operands[6:], empty_row, scale, q_block, k_block), order)
     if _runs(q, v, keep, q_block, k_block):
         out, lse = _attend(*operands, scale, q_block, k_block)
         if not bool(torch.isneginf(lse).any()):

@@ -101,11 +101,14 @@ def compiled(
     out: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     addend: torch.Tensor | None = None,
+    orders: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the C++ kernel; return the output and its LSE `[B, Hq, Q]` float32, -inf for a row without keys.
 
     The result goes into `out` `[B, Hq, Q, Dv]` where it is given, whose last dimension is dense. Its rows are multiplied by
-    `row_scale` `[B, Hq, Q]` float32, then `addend` `[B, Hq, Q, Dv]` of q's dtype is added, before they are rounded.
+    `row_scale` `[B, Hq, Q]` float32, then `addend` `[B, Hq, Q, Dv]` of q's dtype is added, before they are rounded. `orders` of
+    queries and keys, `[B|1, H|1, Q]` and `[B|1, H|1, K]` with as many of each as of the other, say which token stands at each place
+    that map and predicate speak of; what comes in and goes out stays in the order of tokens. An order by head needs Hq = Hkv.
     """
     q, k, v = (native.dense_rows(x) for x in (q, k, v))
     batch, heads, rows, depth = q.shape
@@ -124,9 +127,12 @@ def compiled(
     first, last = (None if x is None else x.expand(cuts, rows).contiguous() for x in (first, last))
     shape += [cuts, 1 if limits.keys is None else limits.keys.shape[0]]
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
+    orders = None if orders is None else tuple(x.to(torch.int32).contiguous() for x in orders)  # type: ignore[assignment]
+    shape += [1, 1] if orders is None else orders[0].shape[:2]
     shape.append(torch.get_num_threads())
     operands = [q, k, v, out, lse, chosen, some, every, first, last, limits.keys, tile_of, tiles]
     operands += [None if x is None else x.contiguous() for x in (row_scale, addend)]
+    operands += orders or (None, None)
     native.call(native.BLOCKS, "eff_attention_blocks", q.dtype, shape, operands, scale)
     return out, lse
 

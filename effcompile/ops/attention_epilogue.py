@@ -7,7 +7,8 @@ partial results when they are merged by their LSE. On CPU the C++ kernel does it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from effcompile.ops.attention import define
 from effcompile.ops.attention_blocks import compiled, gathered, kept_pairs, revive
 
 NAME = "eff::attention_epilogue_v1"
+Pair = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[..., Pair]
 _ROWS = 64  # rows of scores that exist at a time
 
 
@@ -34,13 +37,24 @@ def attention_epilogue(
     scale: float,
     q_block: int,
     k_block: int,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (O * row_scale + addend `[B, Hq, Q, Dv]`, LSE `[B, Hq, Q]` float32 of the scores that O is made of).
 
     Operands as in `eff::attention_blocks_v1`; row_scale `[B, Hq, Q]` float32 and addend `[B, Hq, Q, Dv]` of q's dtype may each be
     None. A row that the map would empty reads all that the predicate keeps; one that the predicate empties has O by its rule and an
-    LSE of -inf.
+    LSE of -inf. Where Q = K, `order` int64 `[N]` may say which token stands at each place that map and predicate speak of; operands
+    and results stay in the order of tokens.
     """
+    if order is not None:
+        if native.runs(native.BLOCKS, q, k, v):
+            orders = (order[None, None], order[None, None])
+            rest = (loads, sizes, keep, scale, q_block, k_block)
+            out, lse = compiled(q, k, v, chosen, *rest, None, row_scale, addend, orders)
+            if not bool((lse == -math.inf).any()) or _settled(chosen, empty_row):
+                return out, lse
+        operands, more = (q, k, v, chosen, row_scale, addend), (loads, sizes, keep, empty_row, scale, q_block, k_block)
+        return copied(attention_epilogue, operands, more, order)
     arguments = (q, k, v, chosen, loads, sizes, keep, scale, q_block, k_block)
     if native.runs(native.BLOCKS, q, k, v):
         out, lse = compiled(*arguments, row_scale=row_scale, addend=addend)
@@ -48,12 +62,26 @@ def attention_epilogue(
         out, lse = gathered(*arguments)
         out = _finished(out, row_scale, addend)
     dead = lse == -math.inf
-    if bool(dead.any()):
+    if bool(dead.any()) and not _settled(chosen, empty_row):
         plain = torch.zeros_like(out)
         revive(plain, dead, q, k, v, loads, sizes, keep, empty_row, scale)
         out = torch.where(dead[..., None], _finished(plain, row_scale, addend), out)
         lse = torch.where(dead, _lse_of(dead, q, k, loads, sizes, keep, scale), lse)
     return out, lse
+
+
+def _settled(chosen: torch.Tensor, empty_row: str) -> bool:
+    """Tell whether rows without keys are what they should be: 0, where no map emptied them and their rule is 0."""
+    return empty_row == "zero" and bool(chosen.all())
+
+
+def copied(attend: Attend, operands: Sequence[Any], rest: Sequence[Any], order: torch.Tensor) -> Pair:
+    """Copy q, k, v, row_scale and addend into an order, attend, and copy the results back; the map is the fourth operand."""
+    q, k, v, chosen, row_scale, addend = operands
+    placed = [None if x is None else x.index_select(2, order) for x in (q, k, v, row_scale, addend)]
+    out, lse = attend(*placed[:3], chosen, *placed[3:], *rest)
+    back = order.argsort()
+    return out.index_select(2, back), lse.index_select(2, back)
 
 
 def _finished(out: torch.Tensor, row_scale: torch.Tensor | None, addend: torch.Tensor | None) -> torch.Tensor:
@@ -93,7 +121,7 @@ def register() -> None:
     define(
         NAME,
         "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor? row_scale, Tensor? addend, Tensor[] loads, SymInt[] sizes, "
-        "str keep, str empty_row, float scale, int q_block, int k_block) -> (Tensor, Tensor)",
+        "str keep, str empty_row, float scale, int q_block, int k_block, Tensor? order=None) -> (Tensor, Tensor)",
         attention_epilogue,
         _fake,
     )

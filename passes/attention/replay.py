@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from effcompile.core.attention_call import AttentionCall
-from effcompile.core.expr import TRUE
+from effcompile.core.expr import TRUE, apply
 from effcompile.core.expr_eval import to_json
 from effcompile.core.program import Input, Program
 from effcompile.core.rewrite import Editor, copy_graph
@@ -20,7 +20,9 @@ from effcompile.ops.attention_blocks import bounds
 from effcompile.passes.attention.re_ttention import Phase, ReTtention
 from effcompile.passes.attention.video import place_major
 
-BLOCK = 64
+BLOCK, ROWS, KEYS = 64, 24, 32
+"""Edges of the blocks of a band. The C++ kernel has whole register tiles in 24 rows, and 32 keys waste less at the band's edges: a
+sparse step of the video in bench/schedule_replay.py takes 0.75 of its time with blocks of 64 (AVX2, float32)."""
 
 
 @dataclass(frozen=True)
@@ -92,45 +94,47 @@ def add_inputs(edit: Editor, inputs: list[Input], one: Residual, like: Tensor) -
     return made
 
 
+def blocks_of(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the blocks (queries, keys) in which a device attends to a band."""
+    return (ROWS, KEYS) if device.type == "cpu" and dtype == torch.float32 else (BLOCK, BLOCK)
+
+
 def _attend(
     edit: Editor, call: AttentionCall, state: Mapping[str, fx.Node], policy: ReTtention, phase: Phase
 ) -> fx.Node:
     tokens = call.q.meta["val"].shape[2]
-    band, everything = to_json(policy.band(tokens)), to_json(TRUE)
+    kept = policy.band(tokens)
+    band, others, everything = to_json(kept), to_json(apply("not", kept)), to_json(TRUE)
     scale, growth, text, frames = call.scale, policy.growth, policy.text, policy.frames
     attend = torch.ops.eff.attention_epilogue_v1.default
 
     def run(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, residual: Tensor) -> Tensor:
-        if frames:
-            order = place_major(tokens, text, frames, q.device)
-            q, k, v = (x.index_select(2, order) for x in (q, k, v))
-        count = -(-tokens // BLOCK)
-        chosen = torch.ones((1, 1, count, count), dtype=torch.bool, device=q.device)
+        order = place_major(tokens, text, frames, q.device) if frames else None
+        blocks = blocks_of(q.device, q.dtype)
+        chosen = torch.ones((1, 1, *(-(-tokens // block) for block in blocks)), dtype=torch.bool, device=q.device)
         near, inside = chosen, band
         if q.device.type != "cpu" and frames:
             # Ranges of places beside text are no mask of the kernel for GPUs: there the band grows to whole blocks.
-            near, inside = bounds(band, (1, 1, tokens, tokens), (BLOCK, BLOCK), [], [], q.device)[1], everything
-        fixed: tuple[Any, ...] = ([], [], inside, "zero", scale, BLOCK, BLOCK)
-        if phase == "refresh":
-            if _flash(q, k, v):
-                out, whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-            else:
-                out, whole = attend(q, k, v, chosen, None, None, [], [], everything, *fixed[3:])
-            narrow, part = attend(q, k, v, near, None, None, *fixed)
-            # In float32 and from the sums of scores: a ratio of probabilities would underflow.
-            fresh = (part - whole).exp().clamp(max=1)
-            rho.copy_(fresh)
-            residual.copy_(out - (fresh[..., None] * narrow).to(out.dtype))
-        else:
+            near, inside = bounds(band, (1, 1, tokens, tokens), blocks, [], [], q.device)[1], everything
+        fixed: tuple[Any, ...] = ("zero", scale, *blocks, order)
+        if phase == "sparse":
             grown = (rho + growth).clamp(max=1)
             rho.copy_(grown)
-            out, _ = attend(q, k, v, near, grown, residual, *fixed)
-        return out.index_select(2, order.argsort()) if frames else out
+            return attend(q, k, v, near, grown, residual, [], [], inside, *fixed)[0]
+        narrow, part = attend(q, k, v, near, None, None, [], [], inside, *fixed)
+        if q.device.type == "cpu":
+            # What the band leaves out, alone: no pair is computed twice, and what a row without any has is 0, with an LSE of -inf.
+            rest, left = attend(q, k, v, chosen, None, None, [], [], others, *fixed)
+            fresh = (part - left).sigmoid()
+            missed = (1 - fresh)[..., None] * rest
+            residual.copy_(missed)
+            out = (fresh[..., None] * narrow + missed).to(narrow.dtype)
+        else:
+            out, whole = attend(q, k, v, chosen, None, None, [], [], everything, *fixed)
+            # In float32 and from the sums of scores: a ratio of probabilities would underflow.
+            fresh = (part - whole).exp().clamp(max=1)
+            residual.copy_(out - (fresh[..., None] * narrow).to(out.dtype))
+        rho.copy_(fresh)
+        return out
 
     return edit.inline(run, call.q, call.k, call.v, state["rho"], state["residual"])
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Tell whether torch's own kernel gives attention of all pairs with its LSE, as fast as the dense steps are."""
-    plain = q.shape[1] == k.shape[1] and k.shape[3] == v.shape[3]
-    return q.device.type == "cpu" and q.dtype == torch.float32 and plain

@@ -63,7 +63,7 @@ def test_the_ceiling_is_that_of_the_published_schedule() -> None:
         assert ceiling(Video(), density) == pytest.approx(0.44 + 0.70 * density)
     known = densities(Video(places=1350))
     assert known["pairs"] == pytest.approx(0.056, abs=0.004)  # counted on 128 rows
-    assert known["blocks"] == pytest.approx(0.067, abs=0.005)
+    assert known["blocks"] == pytest.approx(0.0614, abs=0.0005), "in blocks of 24 queries and 32 keys"
 
 
 @pytest.mark.slow

@@ -61,6 +61,39 @@ def test_rows_are_scaled_and_added_to(
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(1, 150),
+    st.sampled_from([(16, 16), (24, 32), (64, 64)]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_tokens_stand_where_their_order_says(
+    dtype: torch.dtype, length: int, blocks: tuple[int, int], padded: bool, native_runs: bool, seed: int
+) -> None:
+    """Map and predicate speak of places, all else of tokens: also rows that the map, or the predicate, empties."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = qkv(2, (4, 2), (length, length), (40, 33), dtype, seed)
+    keep, loads = (PADDED, [torch.rand(2, length, generator=draw) < 0.5]) if padded else (CAUSAL.keep, [])
+    counts = [-(-length // block) for block in blocks]
+    chosen = torch.rand(2, 2, *counts, generator=draw) < (0.5 if seed % 2 else 2)
+    row_scale, addend = extras(q, v, seed)
+    order = torch.randperm(length, generator=draw)
+    rest = (loads, [], to_json(keep), "zero", 0.3, *blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native_runs:
+            patch.setattr(native, "library", lambda source: None)
+        found, lse = attention_epilogue(q, k, v, chosen, row_scale, addend, *rest, order)  # type: ignore[arg-type]
+    placed = (x.index_select(2, order) for x in (q, k, v))
+    more = (x.index_select(2, order) for x in (row_scale, addend))
+    exact, of_exact = attention_epilogue(*(x.double() for x in placed), chosen, *(x.double() for x in more), *rest)  # type: ignore[arg-type]
+    step = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.index_select(2, order).double(), exact, rtol=step, atol=step)
+    torch.testing.assert_close(lse.index_select(2, order), of_exact, rtol=1e-5, atol=2e-5)
+
+
 def test_two_maps_merge_without_another_pass() -> None:
     """O of all keys = exp(La - L) * Oa + exp(Lb - L) * Ob: the second call adds the first one's part as it writes its own."""
     q, k, v = qkv(1, (4, 2), (100, 130), (32, 32), torch.float32)

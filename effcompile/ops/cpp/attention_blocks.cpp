@@ -1,8 +1,8 @@
 // Attention over a block map on CPU. effcompile/ops/native.py compiles this once, with TorchInductor's flags, and calls it.
 //
 // One pass over the kept blocks of each block of queries, several at a time, with running maximum and sum. No result depends on the
-// number of threads. The products are those of
-// tiles.h and tiles_amx.h.
+// number of threads. The products are those of tiles.h and tiles_amx.h. Where tokens have an order of their own, blocks and masks are
+// those of its places: queries and keys are read through it and results written back, so that nothing is copied before or behind.
 
 namespace {
 
@@ -11,7 +11,8 @@ constexpr int CHUNK = 256;  // columns of scores that exist at a time
 struct Problem {
   int64_t batch, heads, kv_heads, rows, columns, depth, width, q_block, k_block;
   int64_t q_stride[3], k_stride[3], v_stride[3], o_stride[3];  // batch, head, position; the last dimension is contiguous
-  int64_t map_batch, map_heads, mask_batch, mask_heads, limit_batch, pad_batch, tile_batch, tile_heads;
+  int64_t map_batch, map_heads, mask_batch, mask_heads, limit_batch, pad_batch, tile_batch, tile_heads, order_batch,
+      order_heads;
   int64_t q_blocks, k_blocks, threads;
   const uint8_t* chosen;   // [map_batch, map_heads, q_blocks, k_blocks]: blocks to compute
   const uint8_t* some;     // [mask_batch, mask_heads, q_blocks, k_blocks]: some pair of the block may be kept
@@ -23,8 +24,15 @@ struct Problem {
   const uint8_t* tiles;    // [tiles, q_block, k_block]
   const float* row_scale;  // [batch, heads, rows]: factor of each row of the result, or null
   const void* addend;      // [batch, heads, rows, width], of the result's type: added to it, or null
+  const int32_t* q_order;  // [order_batch, order_heads, rows]: the query at each place, or null
+  const int32_t* k_order;  // [order_batch, order_heads, columns]: the key at each place, or null
   float scale;
 };
+
+// The tokens at the places of a sequence and head from `at` on, `extent` to a head; null where they lie in order.
+const int32_t* tokens(const Problem& p, const int32_t* order, int64_t extent, int64_t b, int64_t h, int64_t at) {
+  return order ? order + ((b % p.order_batch) * p.order_heads + h % p.order_heads) * extent + at : nullptr;
+}
 
 // --- one block of queries ----------------------------------------------------------------------------------------------------
 
@@ -81,9 +89,12 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
   float *largest = own.largest.data(), *total = own.total.data(), *alpha = own.alpha.data();
   const T** pieces = reinterpret_cast<const T**>(own.pieces.data());
   int32_t* depths = own.depths.data();
-  const S* from = q + b * p.q_stride[0] + h * p.q_stride[1] + qb * p.q_block * p.q_stride[2];
+  const int64_t start = qb * p.q_block;
+  const int32_t* mine = tokens(p, p.q_order, p.rows, b, h, start);
+  const auto token = [&](int64_t i) { return mine ? mine[i] : start + i; };
+  const S* from = q + b * p.q_stride[0] + h * p.q_stride[1];
   for (int64_t i = 0; i < rows; ++i) {
-    const S* row = from + i * p.q_stride[2];
+    const S* row = from + token(i) * p.q_stride[2];
     if constexpr (std::is_same_v<S, T>) {
       std::copy(row, row + p.depth, queries + i * depth);
     } else {
@@ -142,20 +153,18 @@ void attend(const Problem& p, const S* q, const T* keys, const T* values, S* out
       panel(registers, rows, probs, lds, Pieces<T>{pieces, depths, many, each}, sums + j, wide, n ? alpha : nullptr);
     }
   }
-  S* to = out + b * p.o_stride[0] + h * p.o_stride[1] + qb * p.q_block * p.o_stride[2];
-  const int64_t line = (b * p.heads + h) * p.rows + qb * p.q_block;
-  float* log = lse + line;
-  const S* more = p.addend ? static_cast<const S*>(p.addend) + line * p.width : nullptr;
+  S* to = out + b * p.o_stride[0] + h * p.o_stride[1];
   for (int64_t i = 0; i < rows; ++i) {
-    const float by = (total[i] > 0.f ? 1.f / total[i] : 0.f) * (p.row_scale ? p.row_scale[line + i] : 1.f);
-    S* row = to + i * p.o_stride[2];
+    const int64_t at = token(i), line = (b * p.heads + h) * p.rows + at;
+    const S* more = p.addend ? static_cast<const S*>(p.addend) + line * p.width : nullptr;
+    const float by = (total[i] > 0.f ? 1.f / total[i] : 0.f) * (p.row_scale ? p.row_scale[line] : 1.f);
+    S* row = to + at * p.o_stride[2];
     if (more) {
-      for (int64_t j = 0; j < p.width; ++j)
-        row[j] = static_cast<S>(sums[i * wide + j] * by + static_cast<float>(more[i * p.width + j]));
+      for (int64_t j = 0; j < p.width; ++j) row[j] = static_cast<S>(sums[i * wide + j] * by + static_cast<float>(more[j]));
     } else {
       for (int64_t j = 0; j < p.width; ++j) row[j] = static_cast<S>(sums[i * wide + j] * by);
     }
-    log[i] = total[i] > 0.f ? largest[i] + std::log(total[i]) : NEG;
+    lse[line] = total[i] > 0.f ? largest[i] + std::log(total[i]) : NEG;
   }
 }
 
@@ -198,10 +207,12 @@ void run(const Problem& p, const void* q_, const void* k_, const void* v_, void*
         for (int64_t n = 0; n < p.k_blocks; ++n) {
           if (!is_read(p, b, g, n)) continue;
           const int64_t count = std::min(p.k_block, p.columns - n * p.k_block), at = n * p.k_block;
-          pack_keys(k + b * p.k_stride[0] + g * p.k_stride[1] + at * p.k_stride[2], p.k_stride[2], count, p.depth, depth,
-                    p.k_block, keys.data() + n * key_block);
-          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + at * p.v_stride[2], p.v_stride[2], count, p.width, deep,
-                      values.data() + n * value_block);
+          const int32_t* order = tokens(p, p.k_order, p.columns, b, g, at);
+          const int64_t first = order ? 0 : at;
+          pack_keys(k + b * p.k_stride[0] + g * p.k_stride[1] + first * p.k_stride[2], Rows(p.k_stride[2], order), count, p.depth,
+                    depth, p.k_block, keys.data() + n * key_block);
+          pack_values(v + b * p.v_stride[0] + g * p.v_stride[1] + first * p.v_stride[2], Rows(p.v_stride[2], order), count, p.width,
+                      deep, values.data() + n * value_block);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < group * p.q_blocks; ++n) {
@@ -224,7 +235,7 @@ extern "C" void eff_attention_blocks(int64_t dtype, const int64_t* sizes, const 
   for (int64_t* stride : {p.q_stride, p.k_stride, p.v_stride, p.o_stride})
     for (int i = 0; i < 3; ++i) stride[i] = sizes[at++];
   for (int64_t* field : {&p.map_batch, &p.map_heads, &p.mask_batch, &p.mask_heads, &p.limit_batch, &p.pad_batch, &p.tile_batch,
-                         &p.tile_heads, &p.threads})
+                         &p.tile_heads, &p.order_batch, &p.order_heads, &p.threads})
     *field = sizes[at++];
   p.q_blocks = (p.rows + p.q_block - 1) / p.q_block;
   p.k_blocks = (p.columns + p.k_block - 1) / p.k_block;
@@ -239,6 +250,8 @@ extern "C" void eff_attention_blocks(int64_t dtype, const int64_t* sizes, const 
   p.tiles = static_cast<const uint8_t*>(pointers[12]);
   p.row_scale = static_cast<const float*>(pointers[13]);
   p.addend = pointers[14];
+  p.q_order = static_cast<const int32_t*>(pointers[15]);
+  p.k_order = static_cast<const int32_t*>(pointers[16]);
   void* out = const_cast<void*>(pointers[3]);
   float* lse = static_cast<float*>(const_cast<void*>(pointers[4]));
   if (dtype == 0) {

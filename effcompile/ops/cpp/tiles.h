@@ -94,6 +94,14 @@ void panel(int64_t rows, const T* a, int64_t lda, const Pieces<T>& p, float* c, 
   if (i < rows) edge<MR>(rows - i, a + i * lda, lda, p, c + i * ldc, ldc, alpha ? alpha + i : nullptr);
 }
 
+// Where the rows of a matrix begin: `stride` apart, and one after another or where `order` says.
+struct Rows {
+  int64_t stride;
+  const int32_t* order = nullptr;
+  Rows(int64_t stride, const int32_t* order = nullptr) : stride(stride), order(order) {}
+  int64_t operator[](int64_t n) const { return (order ? order[n] : n) * stride; }
+};
+
 // --- packing: panels [n / NR][depth][NR] of float, or [n / NR][depth / 2][NR][2] of bfloat16 -------------------------------
 
 inline int64_t place(float, int64_t depth, int64_t k, int64_t n) { return (n / NR) * depth * NR + k * NR + n % NR; }
@@ -103,35 +111,36 @@ inline int64_t place(at::BFloat16, int64_t depth, int64_t k, int64_t n) {
 
 // Columns of the panel are positions: the transpose of `source`.
 template <typename S, typename T>
-void pack_keys(const S* source, int64_t stride, int64_t count, int64_t width, int64_t depth, int64_t block, T* out) {
+void pack_keys(const S* source, const Rows& rows, int64_t count, int64_t width, int64_t depth, int64_t block, T* out) {
   constexpr bool pairs = std::is_same_v<T, at::BFloat16>;
   if (count < up(block, NR) || width < depth) std::fill(out, out + depth * up(block, NR), T(0));
   for (int64_t n = 0; n < count; n += NR) {
     T* to = out + place(T(0), depth, 0, n);
-    const S* from = source + n * stride;
     const int64_t many = std::min<int64_t>(NR, count - n);
+    const S* from[NR];
+    for (int64_t i = 0; i < many; ++i) from[i] = source + rows[n + i];
     int64_t k = 0;
     if constexpr (pairs && std::is_same_v<S, T>) {
       for (; k + 2 <= width; k += 2)  // two neighbors at a time
-        for (int64_t i = 0; i < many; ++i) std::memcpy(to + k * NR + 2 * i, from + i * stride + k, 2 * sizeof(T));
+        for (int64_t i = 0; i < many; ++i) std::memcpy(to + k * NR + 2 * i, from[i] + k, 2 * sizeof(T));
     }
     for (; k < width; ++k) {
       T* line = to + (pairs ? (k / 2) * 2 * NR + k % 2 : k * NR);
-      for (int64_t i = 0; i < many; ++i) line[pairs ? 2 * i : i] = static_cast<T>(static_cast<float>(from[i * stride + k]));
+      for (int64_t i = 0; i < many; ++i) line[pairs ? 2 * i : i] = static_cast<T>(static_cast<float>(from[i][k]));
     }
   }
 }
 
 // Columns of the panel are the components of a value; a panel is `depth` deep, at least the block.
 template <typename S, typename T>
-void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, int64_t depth, T* out) {
+void pack_values(const S* source, const Rows& rows, int64_t count, int64_t width, int64_t depth, T* out) {
   constexpr int step = std::is_same_v<T, at::BFloat16> ? 2 : 1;
   const int64_t wide = up(width, NR);
   if (count < depth || width < wide) std::fill(out, out + wide * depth, T(0));
   int64_t k = 0;
   if constexpr (step == 2 && std::is_same_v<S, T>) {
     for (; k + 2 <= count; k += 2) {
-      const T *even = source + k * stride, *odd = even + stride;
+      const T *even = source + rows[k], *odd = source + rows[k + 1];
       for (int64_t n = 0; n < width; n += NR) {
         T* to = out + place(T(0), depth, k, n);
         const int64_t many = std::min<int64_t>(NR, width - n);
@@ -143,7 +152,7 @@ void pack_values(const S* source, int64_t stride, int64_t count, int64_t width, 
     }
   }
   for (; k < count; ++k) {
-    const S* row = source + k * stride;
+    const S* row = source + rows[k];
     for (int64_t n = 0; n < width; n += NR) {
       T* to = out + place(T(0), depth, k, n);
       const int64_t many = std::min<int64_t>(NR, width - n);
