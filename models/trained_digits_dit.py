@@ -2,8 +2,9 @@
 
 `digits-dit-8` has 16 tokens and samples in seconds. `digits-dit-32` has 256, and was trained at 16 x 16 pixels (64 tokens) too, so
 that a schedule with a low stage finds a size that it knows; guidance by class is part of what it learnt (as in FLUX.1-dev), so that
-one call is enough. `examples/train_digits_dit.py` trained both, in minutes on a CPU, on the 5,000 digits of `digits.handwritten_digits`; their weights lie beside this file in float16, with those of `Judge`, a small
-classifier whose features distances between sets of images are taken in.
+one call is enough. `examples/train_digits_dit.py` trained both, in minutes on a CPU, on the 5,000 digits of
+`digits.handwritten_digits`; their weights lie beside this file in float16, with those of `Judge`, a small classifier whose features
+distances between sets of images are taken in.
 """
 
 from functools import partial

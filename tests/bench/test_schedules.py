@@ -161,6 +161,9 @@ def test_the_page_has_the_frontier_the_estimates_and_the_replay(tmp_path: Path) 
     assert "| `x0-taylor-3` | 4.00x | 2.700 ± 2.541 | 3.100 | -0.400 ± 1.271 |" in text
     assert "| `plain{steps=10}` | 3.00 s | 1.020 | 0.940 |" in text
     assert "takes 0.500 of the time" in text
+    assert "0.44 + 0.56 d: 0.468 and 0.479." in text
+    timed = {**held, "about": "Of another machine.", "rows": held["rows"][:1]}
+    assert markdown([held, timed]) == text, "speeds alone are no row of the page"
     (tmp_path / schedules_report.PAGE).write_text(f"{BEGIN}\n{END}\n")
     assert schedules_report.write(tmp_path, [held])
     assert (tmp_path / schedules_report.PICTURE).stat().st_size > 1000
