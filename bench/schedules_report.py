@@ -101,9 +101,8 @@ def markdown(documents: Sequence[Json]) -> str:
         for model, points in _points(document).items():
             samples = {row["parameters"]["samples"] for row in document["rows"] if row["parameters"].get("samples")}
             real = next(row["real"] for row in document["rows"] if row["parameters"]["form"] == f"quality-{model}")
-            most = max(len(point.distances) for point in points)
             parts.append(
-                f"### Digits of {model} x {model}: {max(samples):,} samples, {most} seeds\n\n"
+                f"### Digits of {model} x {model}: {max(samples):,} samples a seed\n\n"
                 f"Digits that were held out are at {real:.3f}.\n\n{_table(points)}"
             )
         parts += [_estimates(row) for row in document["rows"] if row["parameters"]["form"].startswith("estimate")]
@@ -118,10 +117,11 @@ def _points(document: Json) -> dict[str, list[Point]]:
 
 
 def _table(points: Sequence[Point]) -> str:
-    lines = ["| policies | speed | distance | plain steps at equal time | difference (95 %) |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    lines = ["| policies | speed | seeds | distance | plain steps at equal time | difference (95 %) |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for point in points:
-        cells = [f"`{point.policy}`", f"{point.speed:.2f}x", _with_half(point.mean, point.half, "")]
+        cells = [f"`{point.policy}`", f"{point.speed:.2f}x", str(len(point.distances))]
+        cells.append(_with_half(point.mean, point.half, ""))
         if point.plain or not point.excess:
             cells += ["-", "-"]
         else:

@@ -158,7 +158,7 @@ def test_the_page_has_the_frontier_the_estimates_and_the_replay(tmp_path: Path) 
     ):
         held["rows"].append({"id": form, "parameters": {"form": form}, "arms": arms, "run": "then", **more})
     text = markdown([held])
-    assert "| `x0-taylor-3` | 4.00x | 2.700 ± 2.541 | 3.100 | -0.400 ± 1.271 |" in text
+    assert "| `x0-taylor-3` | 4.00x | 2 | 2.700 ± 2.541 | 3.100 | -0.400 ± 1.271 |" in text
     assert "| `plain{steps=10}` | 3.00 s | 1.020 | 0.940 |" in text
     assert "takes 0.500 of the time" in text
     assert "0.44 + 0.56 d: 0.468 and 0.479." in text
