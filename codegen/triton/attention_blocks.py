@@ -63,7 +63,9 @@ def attend_epilogue(
     """Compute attention with its LSE, scaled by rows and added to; `effcompile/ops/attention_epilogue.py` says what that means."""
     operands = (q, k, v, chosen, row_scale, addend, loads, sizes, keep)
     if order is not None:
-        return epilogue.copied(attend_epilogue, operands[:6], (*operands[6:], empty_row, scale, q_block, k_block), order)
+        return epilogue.copied(
+            attend_epilogue, operands[:6], (*operands[6:], empty_row, scale, q_block, k_block), order
+        )
     if _runs(q, v, keep, q_block, k_block):
         out, lse = _attend(*operands, scale, q_block, k_block)
         if not bool(torch.isneginf(lse).any()):

@@ -23,12 +23,13 @@ class ReTtention(AttentionPattern):
     """Keep the keys within `keep` of a query's place on sparse steps; mass and residual of the others come from a refresh.
 
     A refresh step computes O of all keys and O' of the band, rho = exp(LSE' - LSE), at most 1, and R = O - rho O'; on CPU from O'
-    and what the other keys give, O", each pair once: rho = sigmoid(LSE' - LSE"), R = (1 - rho) O". A sparse step gives rho O' + R,
-    and each adds `growth` to rho, up to 1. The first `warmup` steps of a run or stage are dense, then every
-    `period`-th refreshes. Work of attention falls to (dense + refresh steps (1 + d) + sparse steps d) / steps for a band of density
-    d (without the d of a refresh on CPU), and no further. Images in raster order (`frames=0`): a band over the tokens. Video: `frames` of equal size behind `text`
-    tokens, whose rows and columns stay; the band is over places within a frame, of all frames, and tokens go place by place. The
-    state is R and rho of each layer. `keep=1` leaves everything dense, bit for bit. For loops (`eff.sampler`), not single calls.
+    and what the other keys give, O", each pair once: rho = sigmoid(LSE' - LSE"), R = (1 - rho) O". A sparse step gives rho O' +
+    R, and each adds `growth` to rho, up to 1. The first `warmup` steps of a run or stage are dense, then every `period`-th
+    refreshes. Work of attention falls to (dense + refresh steps (1 + d) + sparse steps d) / steps for a band of density d
+    (without the d of a refresh on CPU), and no further. Images in raster order (`frames=0`): a band over the tokens. Video:
+    `frames` of equal size behind `text` tokens, whose rows and columns stay; the band is over places within a frame, of all
+    frames, and tokens go place by place. The state is R and rho of each layer. `keep=1` leaves everything dense, bit for bit. For
+    loops (`eff.sampler`), not single calls.
     """
 
     keep: float = 0.03125
