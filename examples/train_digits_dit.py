@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from effcompile.models.dit import DiT
 from effcompile.models.trained_digits_dit import HELD_OUT, NONE, Judge, config, digits, weights
 
-JUDGED = 64
+JUDGE_BATCH = 64
 UNLABELED, UNIFORM = 0.1, 0.2
 
 
@@ -196,9 +196,10 @@ def train_model(name: str, checkpoint: Path | None) -> DiT:
         loss = denoising_loss(model, images[rows], labels[rows], draw, *guided)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        left = recipe.share_of_rate(step)
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
-                group["lr"] = rate * recipe.share_of_rate(step)
+                group["lr"] = rate * left
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
@@ -227,7 +228,7 @@ def train_judge(edge: int, steps: int = 1200) -> Judge:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
         draw = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(images) - HELD_OUT, (JUDGED,), generator=draw)
+        rows = torch.randint(len(images) - HELD_OUT, (JUDGE_BATCH,), generator=draw)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         F.cross_entropy(model(images[rows]), labels[rows]).backward()

@@ -127,12 +127,11 @@ def compiled(
     first, last = (None if x is None else x.expand(cuts, rows).contiguous() for x in (first, last))
     shape += [cuts, 1 if limits.keys is None else limits.keys.shape[0]]
     shape += [1, 1] if tile_of is None else [tile_of.shape[0], tile_of.shape[1]]
-    orders = None if orders is None else tuple(x.to(torch.int32).contiguous() for x in orders)  # type: ignore[assignment]
     shape += [1, 1] if orders is None else orders[0].shape[:2]
     shape.append(torch.get_num_threads())
     operands = [q, k, v, out, lse, chosen, some, every, first, last, limits.keys, tile_of, tiles]
     operands += [None if x is None else x.contiguous() for x in (row_scale, addend)]
-    operands += orders or (None, None)
+    operands += [None, None] if orders is None else [x.to(torch.int32).contiguous() for x in orders]
     native.call(native.BLOCKS, "eff_attention_blocks", q.dtype, shape, operands, scale)
     return out, lse
 

@@ -21,8 +21,8 @@ from effcompile.passes.attention.re_ttention import Phase, ReTtention
 from effcompile.passes.attention.video import place_major
 
 BLOCK, ROWS, KEYS = 64, 24, 32
-"""Edges of the blocks of a band. The C++ kernel has whole register tiles in 24 rows, and 32 keys waste less at the band's edges: a
-sparse step of the video in bench/schedule_replay.py takes 0.75 of its time with blocks of 64 (AVX2, float32)."""
+"""Edges of the blocks of a band. The C++ kernel has whole register tiles in 24 rows, and 32 keys waste less at the band's edges: on
+the video of bench/schedule_replay.py it takes about three quarters of what blocks of 64 take (AVX2, float32, one run)."""
 
 
 @dataclass(frozen=True)
