@@ -119,14 +119,17 @@ def test_formats_of_many_bits_generate_what_the_model_does(kv: str, tmp_path: Pa
     model, ids, parts = llama(), words(2, 70), (40, 1, 1, 7, 1, 20)
     with torch.no_grad():
         wanted = steps(model, ids, DynamicCache(), parts)
-    ranges = eff.calibrate_kv(model, [ids[:1], {"input_ids": ids[1:]}], tmp_path / "kv.json")
+    calls = [ids[:1], {"input_ids": ids[1:]}]
+    ranges = eff.calibrate_kv(model, calls, tmp_path / "kv.json")
     assert sorted(ranges.layers) == [0, 1]
+    together = eff.calibrate_kv(model, [ids], tmp_path / "together.json")
+    torch.testing.assert_close(dict(together.layers), dict(ranges.layers))
     eff.prepare(model, kv=kv.format(tmp_path / "kv.json"))
     found = steps(model, ids, eff.kv_cache(model, capacity=96), parts)
     assert float((found - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
     assert float((found[:, :40] - wanted[:, :40]).abs().max()) < 1e-5  # a prompt reads its own tokens as they are
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 74)
-    eff.calibrate_kv(model, [ids], tmp_path / "again.json")  # with the model's own cache, though it is prepared
+    eff.calibrate_kv(model, calls, tmp_path / "again.json")  # with the model's own cache, though it is prepared
     assert (tmp_path / "again.json").read_text() == (tmp_path / "kv.json").read_text()
     assert "_eff_kv" in model.__dict__
     with pytest.raises(EffError, match="EFF-K207"):
