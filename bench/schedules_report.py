@@ -102,7 +102,7 @@ def markdown(documents: Sequence[Json]) -> str:
             samples = {row["parameters"]["samples"] for row in document["rows"] if row["parameters"].get("samples")}
             real = next(row["real"] for row in document["rows"] if row["parameters"]["form"] == f"quality-{model}")
             parts.append(
-                f"### Digits of {model} x {model}: {max(samples):,} samples a seed\n\n"
+                f"### {_heading(documents, document, model)}: {max(samples):,} samples a seed\n\n"
                 f"Digits that were held out are at {real:.3f}.\n\n{_table(points)}"
             )
         parts += [_estimates(row) for row in document["rows"] if row["parameters"]["form"].startswith("estimate")]
@@ -114,6 +114,12 @@ def markdown(documents: Sequence[Json]) -> str:
 
 def _points(document: Json) -> dict[str, list[Point]]:
     return {model: points for model in ("8", "32") if (points := frontier(document, model))}
+
+
+def _heading(documents: Sequence[Json], document: Json, model: str) -> str:
+    """Name the digits, and the machine where more than one has drawn such."""
+    alike = sum(model in _points(other) for other in documents)
+    return f"Digits of {model} x {model}" + (f" on {document['machine']}" if alike > 1 else "")
 
 
 def _table(points: Sequence[Point]) -> str:
@@ -179,12 +185,16 @@ def draw(documents: Sequence[Json], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(model, points) for document in documents for model, points in _points(document).items()]
+    panels = [
+        (_heading(documents, document, model), points)
+        for document in documents
+        for model, points in _points(document).items()
+    ]
     if not panels:
         return False
     figure = Figure(figsize=(6.0 * len(panels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (model, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axes, (heading, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for plain, color, label in ((True, "#8a94a6", "plain steps"), (False, "#2f6fd6", "schedules and caches")):
             mine = [point for point in points if point.plain == plain]
             spans = [0.0 if math.isinf(point.half) else point.half for point in mine]
@@ -197,7 +207,7 @@ def draw(documents: Sequence[Json], path: Path) -> bool:
         axes.set_yscale("log")
         axes.set_xlabel("times as fast as 28 Euler steps")
         axes.set_ylabel("Frechet distance to the digits of training")
-        axes.set_title(f"digits of {model} x {model}", fontsize=9)
+        axes.set_title(heading, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

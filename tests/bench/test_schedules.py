@@ -164,6 +164,9 @@ def test_the_page_has_the_frontier_the_estimates_and_the_replay(tmp_path: Path) 
     assert "0.44 + 0.56 d: 0.468 and 0.479." in text
     timed = {**held, "about": "Of another machine.", "rows": held["rows"][:1]}
     assert markdown([held, timed]) == text, "speeds alone are no row of the page"
+    assert "### Digits of 32 x 32: 2,000 samples" in text
+    both = markdown([held, {**document(), "machine": "another"}])
+    assert all(f"### Digits of 32 x 32 on {name}: 2,000 samples" in both for name in ("chip", "another"))
     (tmp_path / schedules_report.PAGE).write_text(f"{BEGIN}\n{END}\n")
     assert schedules_report.write(tmp_path, [held])
     assert (tmp_path / schedules_report.PICTURE).stat().st_size > 1000
