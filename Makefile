@@ -36,7 +36,7 @@ lint: $(VENV)/.dev    ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint            ## Everything CI runs, at most 15 minutes on two cores
+test: lint            ## Everything CI runs: 18 minutes on two cores of a recent server, up to 30 on a slow one
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(JOBS)
 
 test-all: lint        ## The model matrix through TorchInductor as well

@@ -197,7 +197,7 @@ def draw(documents: Sequence[Json], path: Path) -> bool:
     for axes, (heading, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for plain, color, label in ((True, "#8a94a6", "plain steps"), (False, "#2f6fd6", "schedules and caches")):
             mine = [point for point in points if point.plain == plain]
-            # The interval of two seeds is 9 deviations wide: it would hide the others, and stands in the table.
+            # That of two seeds reaches 9 deviations to each side: it would hide the others, and stands in the table.
             spans = [point.half if len(point.distances) > 2 else 0.0 for point in mine]
             style = "o-" if plain else "o"
             speeds, means = [point.speed for point in mine], [point.mean for point in mine]

@@ -65,9 +65,13 @@ def merge(
     """Return the document with the rows of one run: a row of the same id is replaced, manifests without rows go.
 
     Rows stand in the given order of ids, others after them in the order in which they were measured first. With `add_arms` a row
-    keeps the arms that were not measured anew; those that were name their run.
+    keeps the arms that were not measured anew; those that were name their run: its date, and a number where another command began
+    in the same second.
     """
-    run = str(manifest["date"])
+    run = date = str(manifest["date"])
+    number = 2
+    while document["runs"].get(run, manifest)["command"] != manifest["command"]:
+        run, number = f"{date} {number}", number + 1
     new = {row["id"]: {**row, "run": run} for row in rows}
     if add_arms:
         new |= {row["id"]: _with_arms(row, new[row["id"]]) for row in document["rows"] if row["id"] in new}

@@ -66,6 +66,17 @@ def test_a_row_is_replaced_and_keeps_its_place() -> None:
     assert [item["id"] for item in ordered["rows"]] == ["c", "d", "a", "b"]
 
 
+def test_two_runs_of_one_second_keep_their_commands() -> None:
+    date = "2030-01-01T00:00:00+00:00"
+    beside = {**facts(date), "command": "eff bench --threads 1"}
+    merged = store.merge(document(), beside, [row("c", 1.0, 1.0)])
+    merged = store.merge(merged, beside, [row("d", 1.0, 1.0)])
+    told = {item["id"]: merged["runs"][item["run"]]["command"] for item in merged["rows"]}
+    assert told == {"a": "eff bench", "b": "eff bench", "c": beside["command"], "d": beside["command"]}
+    assert list(merged["runs"]) == [date, f"{date} 2"]
+    assert store.check(merged) == []
+
+
 def test_an_arm_is_added_to_a_row_of_a_table() -> None:
     later = facts("2030-02-02T00:00:00+00:00")
     one = row("a", 5.0, 1.0)
