@@ -21,6 +21,8 @@ from unittest import mock
 
 import torch
 
+from effcompile.core.processor import marked
+
 _PREFIX = re.compile(r'\A\s*(#include [<"][^\n]*[>"])[^\n]*\n')
 _ENTRY = re.compile(r'extern "C"\s+void\s+kernel\(')
 _DIRECTIVE = re.compile(r"^\s*#\s*(?!pragma\b)", re.MULTILINE)
@@ -36,6 +38,7 @@ def batched() -> Iterator[None]:
     original = async_compile.AsyncCompile.cpp_pybinding
 
     def cpp_pybinding(compiler: Any, argtypes: list[str], source_code: str) -> Any:
+        source_code = marked(source_code)
         parts = _split(source_code)
         if parts is None or async_compile.get_compile_threads() <= 1:
             return original(compiler, argtypes, source_code)

@@ -197,6 +197,11 @@ def _environment() -> Iterable[Check]:
         ("TORCH_COMPILE_DISABLE", "torch.compile does nothing"),
         ("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "nothing is cached, every run compiles anew"),
         ("EFF_FUEL", "rewriting stops after this many rewrites"),
+        (
+            "ATEN_CPU_CAPABILITY",
+            "slower kernels; and wrong ones later, where code that the backend `inductor` puts into its cache now is taken for "
+            "another instruction set (`eff` keeps them apart)",
+        ),
     ):
         if os.environ.get(name, "0") not in ("", "0"):
             yield Check("environment", "warn", f"{name}={os.environ[name]}: {meaning}", f"unset {name}")

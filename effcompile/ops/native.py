@@ -17,6 +17,8 @@ from importlib import resources
 
 import torch
 
+from effcompile.core.processor import marked
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKS, SCORES, PAGES, PROBES, CACHES = "attention_blocks", "block_scores", "pages", "probes", "kv_cache"
 EXPERTS, ROWS, CODEBOOK = "moe", "linear_rows", "codebook"
@@ -106,7 +108,7 @@ def build(*files: str, headers: bool = False) -> ctypes.CDLL | None:
         cpp_compile_command_flags = {"include_pytorch": True}  # noqa: RUF012
 
     try:
-        source = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in files)
+        source = marked("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in files))
         return (Linked if headers else CppCodeCache).load(source)  # type: ignore[no-any-return]
     except exc.InvalidCxxCompiler:
         return None

@@ -85,6 +85,11 @@ def test_switched_off_compilation_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     assert "does nothing" in found("environment").text
 
 
+def test_another_instruction_set_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert found("environment").fix == "unset ATEN_CPU_CAPABILITY"
+
+
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     listed = run(capsys, "targets", "--json").value["devices"]
     assert [device["name"] for device in listed] == [device.name for device in devices()]

@@ -1,0 +1,35 @@
+"""Keep compiled code of one processor from another.
+
+TorchInductor's caches on disk know less of the processor than the code in them: the key of a graph's generated C++ does not name
+the instruction set that it was written for (torch 2.11 to 2.15), and the key of a library says `-march=native` whatever that was.
+A folder that several machines share, or one run with `ATEN_CPU_CAPABILITY`, is enough: code for vectors of 8 numbers was compiled
+for vectors of 16, wrote zeros over what it had yet to read and past the end of its output, and no error told of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import re
+from pathlib import Path
+
+_NAMED = re.compile(
+    r"^(?:vendor_id|cpu family|model|cache size|flags|CPU implementer|CPU part|Features)\s*:.*$", re.MULTILINE
+)
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Return a short hash of the processor's model and instructions, all that a compiler's `-march=native` looks at."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""  # not Linux
+    lines = dict.fromkeys(_NAMED.findall(told))  # cores that are alike are named once
+    return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *lines]).encode()).hexdigest()[:16]
+
+
+def marked(source: str) -> str:
+    """Return C++ source with a comment that names this processor, so that a key made of the source names it too."""
+    return f"{source.rstrip()}\n// compiled for processor {fingerprint()}\n"
