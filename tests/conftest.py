@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import getpass
 import os
 import sys
 import tempfile
@@ -25,7 +24,7 @@ settings.load_profile(os.environ.get("EFF_PROFILE", "quick"))
 
 # Code that torch's own backend compiled for another instruction set, in an earlier run or on a machine that shares the folder,
 # would be taken for this one's (effcompile/core/processor.py).
-_CACHE = Path(tempfile.gettempdir(), f"effcompile-tests-{getpass.getuser()}")
+_CACHE = Path(tempfile.gettempdir(), f"effcompile-tests-{getattr(os, 'getuid', int)()}")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(_CACHE / f"{fingerprint()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'all')}")
 )
