@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,8 +13,11 @@ from effcompile.core.artifact import AGAIN
 from effcompile.core.bundle import Artifact, Draft
 from effcompile.core.emitter import Emitted, Emitter, Job, Runner
 from effcompile.core.errors import EffError
+from effcompile.core.processor import instructions
 from effcompile.core.site import Refusal
 from effcompile.core.target import Target
+
+_NEEDS = "instructions"
 
 
 class Aoti(Emitter):
@@ -60,7 +64,7 @@ class Aoti(Emitter):
         write_package(variant.exported, path, weights, lambda made: AotiSession(made, *names, device).constants())
         job.say("checking")
         checks, held = job.check(_loaded(AotiSession(path, *names, device), weights))
-        details = (("device", device), ("checked at one value", ", ".join(held)))
+        details = (("device", device), ("checked at one value", ", ".join(held)), (_NEEDS, " ".join(instructions())))
         return Emitted(inputs, outputs, checks, details)
 
     def load(self, artifact: Artifact, provider: str, threads: int | None) -> Runner:
@@ -72,8 +76,22 @@ class Aoti(Emitter):
             raise EffError(
                 "EFF-E112", "the package is for a GPU, and torch sees none here", hint="eff doctor; --target cpu"
             )
+        _check_processor(dict(artifact.manifest.details).get(_NEEDS, "").split())
         names = [x.name for x in artifact.manifest.inputs], [x.name for x in artifact.manifest.outputs]
         return _loaded(AotiSession(artifact.file(FILE, runs=True), *names, device), artifact.file(WEIGHTS))
+
+
+def _check_processor(needed: Sequence[str]) -> None:
+    """Raise EFF-E112 where the code may use instructions that this processor does not know: they would end the process."""
+    here = instructions()
+    lacking = [word for word in needed if word not in here]
+    if here and lacking:
+        some = ", ".join([*lacking[:6], *(["..."] if len(lacking) > 6 else [])])
+        raise EffError(
+            "EFF-E112",
+            f"the package is compiled for a CPU with {some}, and this one has not",
+            hint="export it on this kind of CPU, or --to onnx",
+        )
 
 
 def _loaded(session: AotiSession, weights: object) -> AotiSession:

@@ -14,6 +14,8 @@ import torch
 import effcompile as eff
 from effcompile.cli.models import load_model
 from effcompile.codegen.aoti.session import AotiSession, check_package
+from effcompile.codegen.emitters import aoti
+from effcompile.core import processor
 from effcompile.core.errors import EffError
 from tests.cli.command import run
 
@@ -69,6 +71,24 @@ def test_packages_that_are_refused(made: Path, tmp_path: Path) -> None:
             check_package(tmp_path / name)
         with pytest.raises(EffError, match="EFF-E174"):
             AotiSession(tmp_path / name, [], [])
+
+
+@pytest.mark.slow
+def test_another_kind_of_cpu_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    details = dict(json.loads((made / "manifest.json").read_text())["details"])
+    assert details["instructions"].split() == list(processor.instructions())
+    monkeypatch.setattr(aoti, "instructions", lambda: (*processor.instructions(), "avx1024"))
+    assert eff.load(made, trust=True)  # more than was asked for
+    monkeypatch.setattr(aoti, "instructions", lambda: processor.instructions()[1:])
+    with pytest.raises(EffError, match=rf"EFF-E112.*CPU with {processor.instructions()[0]},"):
+        eff.load(made, trust=True)
+
+
+def test_a_cpu_without_the_instructions() -> None:
+    aoti._check_processor(processor.instructions())
+    aoti._check_processor(())  # a package of before
+    with pytest.raises(EffError, match=r"EFF-E112.*with avx1024, and this one has not"):
+        aoti._check_processor((*processor.instructions(), "avx1024"))
 
 
 def test_a_chip_that_is_not_here(tmp_path: Path) -> None:
