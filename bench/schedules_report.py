@@ -206,6 +206,9 @@ def draw(documents: Sequence[Json], path: Path) -> bool:
             axes.annotate(point.name, (point.speed, point.mean), textcoords="offset points", xytext=(4, 4), fontsize=6)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
         axes.set_xlabel("times as fast as 28 Euler steps")
         axes.set_ylabel("Frechet distance to the digits of training")
         axes.set_title(heading, fontsize=9)

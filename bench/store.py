@@ -88,8 +88,10 @@ def _with_arms(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
     """Return a row with the arms of both, and the ratios of each to the arms that ran beside it.
 
     A ratio is of two arms that took turns, so it goes once its arm was measured anew; where only the arm that it is `to` was, as
-    the baseline of every part of a long row is, it stays and names its run.
+    the baseline of every part of a long row is, it stays and names its run. Where no arm of old is left, the row is the new one.
     """
+    if set(old["arms"]) <= set(new["arms"]):
+        return dict(new)
     arms = {name: {**arm, "run": new["run"]} for name, arm in new["arms"].items()}
     ratios = [item for item in old["ratios"] if item["arm"] not in arms]
     kept = [{"run": old["run"], **item} if item["to"] in arms else item for item in ratios]
