@@ -71,9 +71,10 @@ def cpu() -> dict[str, Any]:
 
     `family` is its name in the planner's table of rates, `peaks` are the modelled FLOP/s of all usable cores, by dtype.
     """
+    from effcompile.core.processor import cpuinfo
     from effcompile.targets.detect import detect_cpu, read_clock, read_isa
 
-    text = _read("/proc/cpuinfo")
+    text = cpuinfo()
     name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
     capability = str(torch.backends.cpu.get_cpu_capability())
     return {

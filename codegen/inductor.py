@@ -40,7 +40,7 @@ def compile_graph(
 
 
 def _has_cpu_tensors(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Tell whether C++ may be generated for the graph; to ask for the instruction set costs a process seconds."""
+    """Tell whether C++ may be generated for the graph; to ask for the instruction set costs a process 1.5 s."""
     values = [*example_inputs, *(node.meta.get("val") for node in graph.graph.nodes)]
     devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
     return not devices or "cpu" in devices

@@ -14,36 +14,38 @@ import platform
 import re
 from pathlib import Path
 
+# What tells one kind of processor from another, and nothing that changes while it runs.
 _NAMED = re.compile(
     r"^(?:vendor_id|cpu family|model|cache size|flags|CPU implementer|CPU part|Features)\s*:.*$", re.MULTILINE
 )
-
+# Extensions that compilers write for, of all the abilities that Linux lists.
 _USED = re.compile(
     r"ssse|sse|avx|amx|fma|f16c|bmi|abm|popcnt|movbe|adx|xop|gfni|v?aes|v?pclmul|sha|asimd|sve|i8mm|bf16|atomics|fp"
 )
 
 
+def cpuinfo() -> str:
+    """Return what Linux tells of the processor's cores, '' elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 @functools.cache
 def fingerprint() -> str:
     """Return a short hash of the processor's model and instructions, all that a compiler's `-march=native` looks at."""
-    lines = dict.fromkeys(_NAMED.findall(_told()))  # cores that are alike are named once
+    lines = dict.fromkeys(_NAMED.findall(cpuinfo()))  # cores that are alike are named once
     return hashlib.sha256("\n".join([platform.machine(), platform.processor(), *lines]).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def instructions() -> tuple[str, ...]:
     """Return the extensions of the instruction set that compiled code may use here, as Linux names them; () elsewhere."""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _told(), re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo(), re.MULTILINE)
     return tuple(sorted(word for word in set(found[1].split() if found else ()) if _USED.match(word)))
 
 
 def marked(source: str) -> str:
     """Return C++ source with a comment that names this processor, so that a key made of the source names it too."""
     return f"{source.rstrip()}\n// compiled for processor {fingerprint()}\n"
-
-
-def _told() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""  # not Linux

@@ -9,9 +9,9 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from effcompile.core.processor import cpuinfo
 from effcompile.models.trained import require
 
 _PACKAGES = ("effcompile", "torch", "transformers", "numpy")
@@ -49,11 +49,7 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """Return the CPU's model name, or what Python knows of it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.*)$", cpuinfo(), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 

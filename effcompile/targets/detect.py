@@ -1,7 +1,8 @@
 """Ask this machine what it is, and measure what its CPU really does.
 
-The only device queries of the package are here. A GPU is looked up in the catalog by capability and name; one that is
-not in it is scaled from its nearest relative by its number of cores and says so in `Device.modelled`.
+The only device queries of the package are here, but for `core/processor.py`, which keeps the compiled code of one processor from
+another. A GPU is looked up in the catalog by capability and name; one that is not in it is scaled from its nearest relative by its
+number of cores and says so in `Device.modelled`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from effcompile.core.errors import EffError, unknown
+from effcompile.core.processor import cpuinfo
 from effcompile.core.target import Device, Target
 from effcompile.targets import cpu, devices
 
@@ -102,7 +104,7 @@ def detect_cpu() -> Device:
     """Return this machine's CPU, its rates modelled from the instruction set, the usable cores and the clock."""
     import torch
 
-    text = _read("/proc/cpuinfo")
+    text = cpuinfo()
     return cpu.model(
         read_isa(text, str(torch.backends.cpu.get_cpu_capability()), platform.machine()),
         cores=_usable_cores(),
